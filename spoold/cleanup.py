@@ -1,0 +1,477 @@
+"""Let go of what is no longer needed, and only of that: the only hand that deletes user data, local or remote.
+
+A local file goes in four steps (FACTS 17 to 20): it is set aside, a rename into `.spoold/aside/` under a name never used
+again; looked at again, by lease and by hash; after a grace looked at once more; unlinked. Whatever is not exactly what
+was stored is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+import structlog
+
+from spoold.clock import Ages, Clock
+from spoold.digest import Digester
+from spoold.errors import ClaimLost, SpooldError, StoreUnavailable, Unproven, Vanished
+from spoold.ledger import Ledger, Proof, ReplacedKey
+from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
+from spoold.renames import rename_noreplace
+from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing, open_regular
+from spoold.store import Store
+
+log = structlog.get_logger()
+
+_CHUNK_BYTES = 1 << 20
+_PROOF_LASTS_S = 3600.0
+_OPEN_AGAIN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When local files may go. Durations in seconds; trusts: go without leases where the kernel has none."""
+
+    deletes: bool
+    keep_for_s: float
+    min_age_s: float
+    grace_s: float
+    keep_empty_dirs_for_s: float
+    trusts: bool
+    doubt_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Not yet: look again in so many seconds; until then the batch waits for this."""
+
+    in_s: float
+    waiting_for: str
+
+
+class Missing(SpooldError):
+    """The bucket does not hold what was proven there: these keys must be put again."""
+
+    def __init__(self, message: str, keys: list[str], *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.keys = keys
+
+
+class Cleaner:
+    """Clears the batches of one spool.
+
+    demand_claim: raises ClaimLost unless our claims surely last; asked before every effect.
+    """
+
+    def __init__(
+        self, *, spool: Spool, ledger: Ledger, store: Store, rules: Rules, ages: Ages, clock: Clock,
+        demand_claim: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._spool = spool
+        self._ledger = ledger
+        self._store = store
+        self._rules = rules
+        self._ages = ages
+        self._clock = clock
+        self._demand_claim = demand_claim
+        self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
+
+    def clear(self, claim: Claim) -> Due | None:
+        """Let go of the batch's local files as far as it is time; None when none is left that may ever go.
+
+        Raises Missing if the bucket has lost an object, StoreUnavailable or StoreDenied where that cannot be found out,
+        SpoolBroken, ClaimLost.
+        """
+        batch = claim.batch
+        if not self._rules.deletes:
+            return None
+        left = [file for file in batch.files if not file.is_gone]
+        try:
+            if batch.state is State.STORED and (due := self._may_go(claim)):
+                return due
+        except Missing as lost:
+            # Only what lies at its own place is put again; what lies aside would be let go as stored.
+            for file in left:
+                if file.aside_name is not None:
+                    self._give_back_ours(claim, file, file.aside_name, str(lost))
+            raise
+        waits = [due for file in left if not file.is_marker and (due := self._clear_file(claim, file))]
+        if not waits:
+            waits = [due for file in left if file.is_marker and (due := self._clear_file(claim, file))]
+        return min(waits, key=lambda due: due.in_s) if waits else None
+
+    def _may_go(self, claim: Claim) -> Due | None:
+        """See that what was stored is still there, and is there to stay."""
+        now = self._clock.now()
+        doubts = self._ledger.doubts(claim)
+        over_at = max(doubts.values(), default=0.0) + self._rules.doubt_s
+        if doubts and now < over_at:
+            return Due(over_at - now, "doubt")
+        stored_at = self._ledger.stored_moment(claim) or now
+        if now < stored_at + self._rules.keep_for_s:
+            return Due(stored_at + self._rules.keep_for_s - now, "keep_for")
+        self._demand_proofs(claim, set(doubts))
+        if doubts:
+            self._ledger.settle_doubts(claim, doubts, before=over_at - self._rules.doubt_s)
+        return None
+
+    def _demand_proofs(self, claim: Claim, doubtful: set[str]) -> None:
+        """Renew by HEAD every proof that is older than an hour or was in doubt (rules 5 and 6)."""
+        now = self._clock.now()
+        proofs = self._ledger.proofs(claim)
+        lying = {file.digest for file in claim.batch.uploads if not file.is_gone}
+        known = {proof.digest for proof in proofs}
+        old = [p for p in proofs if p.key in doubtful or not 0 <= now - p.proven_at < _PROOF_LASTS_S]
+        lost = [proof.key for proof in old if not self._is_there(proof)]
+        if lost:
+            raise Missing(
+                f"head {', '.join(lost)}: the bucket does not hold what was stored there",
+                lost, hint="it is put again from the local file; find out who else writes or deletes in this bucket",
+            )  # fmt: skip
+        if lying - known:
+            raise ClaimLost(f"clear {claim.batch.record}: a newer version of it is live")
+        self._ledger.renew_proofs(claim, [proof.key for proof in old])
+
+    def _is_there(self, proof: Proof) -> bool:
+        """Compare the ETag that HEAD tells with the one that was proven; if it is another, read the object back.
+
+        Checksums are not compared: rclone 1.75 answers HEAD with the one that the client sent, whatever it stored.
+        """
+        found = self._store.head(proof.bucket, proof.key)
+        if found is None or found.size != proof.size:
+            return False
+        if found.etag and found.etag in (proof.etag, proof.md5):
+            return True
+        digests = self._store.digest(proof.bucket, proof.key)
+        return digests is not None and digests.sha256 == proof.digest
+
+    # One file
+
+    def _clear_file(self, claim: Claim, file: BatchFile) -> Due | None:
+        if file.aside_name is not None:
+            return self._look_last(claim, file, file.aside_name)
+        if claim.batch.state is not State.STORED:
+            return None  # superseded: what still lies there is the newer batch's
+        identity = self._spool.identity_of(file.file.path)
+        if identity != file.file.identity:
+            self._ledger.let_go(claim, [file], deleted=False)  # gone, or a newer version: not ours to touch
+            return None
+        young_s = self._rules.min_age_s - self._ages.age_s(identity)
+        if young_s > 0:
+            return Due(young_s, "min_age")
+        return self._set_aside(claim, file)
+
+    def _set_aside(self, claim: Claim, file: BatchFile) -> Due | None:
+        """Rename a file out of the app's way and look again; it then waits for its grace."""
+        name = aside_name(claim.batch.id, file)
+        parent, leaf = os.path.split(file.file.path)
+        try:
+            with self._spool.directory(parent) as directory, self._aside() as aside:
+                fd = open_regular(directory, leaf, file.file.path)
+                try:
+                    writers = is_open_for_writing(fd)
+                    if writers is None and not self._rules.trusts:
+                        return None  # the kernel cannot tell about writers: the file stays, and the batch is done
+                    if writers:
+                        return Due(_OPEN_AGAIN_S, "open")
+                    self._demand_claim()
+                    self._ledger.set_aside(claim, file, name)
+                    rename_noreplace(leaf, name, dir_fd=directory, to_dir_fd=aside)
+                finally:
+                    os.close(fd)
+        except (Vanished, FileNotFoundError):
+            self._ledger.not_aside(file)
+            return Due(0.0, "min_age")
+        self._aside_since[name] = self._clock.monotonic()
+        if reason := self._differs(file, name):
+            return self._give_back_ours(claim, file, name, reason)
+        return Due(self._rules.grace_s, "grace") if self._rules.grace_s > 0 else self._look_last(claim, file, name)
+
+    def _look_last(self, claim: Claim, file: BatchFile, name: str) -> Due | None:
+        """The grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
+        since = self._aside_since.setdefault(name, self._clock.monotonic())
+        left_s = since + self._rules.grace_s - self._clock.monotonic()
+        if left_s > 0:
+            return Due(left_s, "grace")
+        try:
+            reason = self._differs(file, name)
+        except Vanished:
+            reason = None  # unlinked before a crash, unknown to the ledger
+        else:
+            if reason:
+                return self._give_back_ours(claim, file, name, reason)
+            self._demand_claim()
+            with self._aside() as aside, contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=aside)
+        self._aside_since.pop(name, None)
+        self._ledger.let_go(claim, [file], deleted=True)
+        return None
+
+    def _differs(self, file: BatchFile, name: str) -> str | None:
+        """Say why what lies aside is not, for good, what was stored; None if it is. Raises Vanished.
+
+        Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
+        """
+        with self._aside() as aside:
+            fd = open_regular(aside, name, file.file.path)
+        try:
+            before = os.fstat(fd)
+            if is_open_for_writing(fd):
+                return "somebody opened it for writing"
+            if _sha256(fd) != file.digest:
+                return "it is not what was stored"
+            after = os.fstat(fd)
+            if Identity.of(before) != Identity.of(after) or is_open_for_writing(fd):
+                return "somebody opened it for writing"
+            return None
+        finally:
+            os.close(fd)
+
+    def _give_back_ours(self, claim: Claim, file: BatchFile, name: str, reason: str) -> Due | None:
+        """Give back a file of a batch that is being cleared; if its bytes are still those stored, it is tried again later."""
+        self._demand_claim()
+        still_ours = self._give_back(claim.batch.id, claim.batch.record, file, name, reason)
+        return Due(_OPEN_AGAIN_S, "open") if still_ours else None
+
+    def _give_back(self, batch: int, record: str, file: BatchFile, name: str, reason: str) -> bool:
+        """Put a file back to its place, or into `kept/` if that is taken; say whether it is still what was stored."""
+        self._aside_since.pop(name, None)
+        path = file.file.path
+        identity = None
+        if self._back_to(path, name):
+            with contextlib.suppress(SpooldError), self._spool.directory(os.path.dirname(path)) as directory:
+                fd = open_regular(directory, os.path.basename(path), path)
+                try:
+                    before = Identity.of(os.fstat(fd))
+                    if _sha256(fd) == file.digest and Identity.of(os.fstat(fd)) == before:
+                        identity = before
+                finally:
+                    os.close(fd)
+        else:
+            reason = f"{reason}; its name is taken by a newer file, so it lies in {HOUSE}/{KEPT}/{name}"
+        self._ledger.given_back(batch, file, spool=self._spool.name, record=record, reason=reason, still_ours=identity)
+        return identity is not None
+
+    def _back_to(self, path: str, name: str) -> bool:
+        """Rename from aside to `path`; if that name is taken the newer file won, and ours goes to `kept/`. Say which.
+
+        Directories on the way that were removed meanwhile are made again.
+        """
+        parent, leaf = os.path.split(path)
+        with self._aside() as aside:
+            for _ in range(10):
+                try:
+                    self._make_way(parent)
+                    with self._spool.directory(parent) as directory:
+                        rename_noreplace(name, leaf, dir_fd=aside, to_dir_fd=directory)
+                        return True
+                except FileExistsError:
+                    break
+                except (Vanished, FileNotFoundError):
+                    continue  # somebody removes directories at this moment
+            with self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
+                rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)
+            return False
+
+    def _make_way(self, path: str) -> None:
+        """Make the directories of `path` that are missing."""
+        parts = path.split("/")
+        for depth, part in enumerate(parts):
+            with self._spool.directory("/".join(parts[:depth])) as fd, contextlib.suppress(FileExistsError):
+                os.mkdir(part, dir_fd=fd)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[int]:
+        with self._spool.directory(f"{HOUSE}/{ASIDE}") as fd:
+            yield fd
+
+    # Directories
+
+    def prune(self, claim: Claim) -> Due | None:
+        """Remove the directories that the batch's files lay in, once they are empty and old; None when all is done.
+
+        Never the root, nor anything down to the attachment's directory; and a directory that the app made anew is young.
+        """
+        if not self._rules.deletes:
+            return None
+        floor = self._spool.layout.floor_of(claim.batch.record)
+        paths = {
+            "/".join(parts[:depth])
+            for parts in (file.file.path.split("/")[:-1] for file in claim.batch.files)
+            for depth in range(floor + 1, len(parts) + 1)
+        }
+        waits = []
+        for path in sorted(paths, key=lambda path: -path.count("/")):
+            if (wait := self._prune_one(path)) is not None:
+                waits.append(wait)
+        return Due(min(waits), "dirs") if waits else None
+
+    def _prune_one(self, path: str) -> float | None:
+        """Remove one directory if it is empty and old enough; return in how many seconds it may be, or None."""
+        parent, leaf = os.path.split(path)
+        try:
+            with self._spool.directory(path) as fd:
+                status = os.fstat(fd)
+                if os.listdir(fd):
+                    return None
+            age_s = self._ages.age_s(Identity.of(status))
+            if age_s < self._rules.keep_empty_dirs_for_s:
+                return max(0.05, self._rules.keep_empty_dirs_for_s - age_s)
+            self._demand_claim()
+            with self._spool.directory(parent) as directory:
+                now = os.stat(leaf, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISDIR(now.st_mode) or Identity.of(now) != Identity.of(status):
+                    return self._rules.keep_empty_dirs_for_s
+                os.rmdir(leaf, dir_fd=directory)
+        except (Vanished, FileNotFoundError):
+            return None
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.EACCES, errno.EPERM):
+                return None
+            raise fault_of(error, "remove", path) from error
+        return None
+
+    # After a crash
+
+    def recover(self, owner: str, *, lease_s: float) -> None:
+        """See to what lies aside since before we started, before the first sweep: let go of what is stored, give back the rest.
+
+        A file is judged by the batch in its name. Records that another daemon is at are left to it.
+        """
+        with self._aside() as aside:
+            names = sorted(os.listdir(aside))
+        for name in names:
+            if (parsed := parse_aside_name(name)) is None:
+                log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{name}",
+                            detail="its name is none of ours; it stays")  # fmt: skip
+                continue
+            batch, number, path = parsed
+            known = self._ledger.aside_file(batch, number)
+            if known is None:
+                self._give_back_unknown(name, path)
+                continue
+            with self._claimed(known.record_key, owner, lease_s) as is_ours:
+                if is_ours:
+                    self._recover_one(batch, known.record, known.file, name, known.was_stored)
+        present = set(names)
+        for missing in self._ledger.all_aside(self._spool.name):
+            if missing.file.aside_name in present:
+                continue
+            with self._claimed(missing.record_key, owner, lease_s) as is_ours:
+                if is_ours and self._spool.identity_of(missing.file.file.path) == missing.file.file.identity:
+                    self._ledger.not_aside(missing.file)  # written down, but never renamed
+
+    def _recover_one(self, batch: int, record: str, file: BatchFile, name: str, was_stored: bool) -> None:
+        try:
+            reason = self._differs(file, name) if was_stored else "its batch was never stored"
+        except Vanished:
+            return
+        if reason is None:
+            self._ledger.lies_aside(batch, file.id, name)
+        else:
+            self._give_back(batch, record, file, name, reason)
+
+    def _give_back_unknown(self, name: str, path: str | None) -> None:
+        """The ledger does not know this file; its name tells where it lay."""
+        if path is None:
+            log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{name}",
+                        detail="the ledger does not know it; it stays")  # fmt: skip
+            return
+        back = self._back_to(path, name)
+        log.warning("file.given_back", spool=self._spool.name, path=path if back else f"{HOUSE}/{KEPT}/{name}",
+                    detail="the ledger does not know it")  # fmt: skip
+
+    @contextlib.contextmanager
+    def _claimed(self, record_key: int, owner: str, lease_s: float) -> Iterator[bool]:
+        fence = self._ledger.claim_record(record_key, owner, lease_s=lease_s)
+        try:
+            yield fence is not None
+        finally:
+            if fence is not None:
+                self._ledger.release_record(record_key, owner, fence)
+
+
+class Remover:
+    """Deletes keys that a newer original replaced, from the ledger's list, never by listing a bucket (rule 7).
+
+    stores: spool → store. limits: spool → deletions an hour.
+    """
+
+    def __init__(self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str) -> None:
+        self._ledger = ledger
+        self._stores = stores
+        self._limits = limits
+        self._owner = owner
+        self._blown: set[str] = set()
+
+    def remove_due(self, *, lease_s: float, held: set[str]) -> int:
+        """Delete what is due, as far as the fuse allows, and return how many keys went.
+
+        held: spools whose destination refuses; theirs wait.
+        """
+        removed = 0
+        due = self._ledger.replaced_due(set(self._stores) - held)
+        for spool in {key.spool for key in due}:
+            keys = [key for key in due if key.spool == spool]
+            room = self._limits[spool] - self._ledger.deletes_in_last_hour(spool)
+            if room >= len(keys):
+                self._blown.discard(spool)
+            elif spool not in self._blown:
+                self._blown.add(spool)
+                self._ledger.deletes_held_back(spool, waiting=len(keys) - max(0, room), limit=self._limits[spool])
+            for key in keys[: max(0, room)]:
+                removed += self._remove(key, lease_s)
+        return removed
+
+    def _remove(self, key: ReplacedKey, lease_s: float) -> bool:
+        fence = self._ledger.claim_record(key.record_key, self._owner, lease_s=lease_s)
+        if fence is None:
+            return False
+        try:
+            intent = self._ledger.intend_delete(key)
+            if intent is None:
+                return False
+            try:
+                self._stores[key.spool].delete(key.bucket, key.key)
+            except (StoreUnavailable, Unproven) as why:
+                is_unsent = getattr(why, "never_sent", False)
+                self._ledger.deleted(key, intent, Answer.REFUSED if is_unsent else Answer.DOUBT)
+                return False
+            except SpooldError as why:
+                self._ledger.deleted(key, intent, Answer.REFUSED)
+                log.warning("delete.refused", spool=key.spool, record=key.record, key=key.key, error=why.code,
+                            detail=str(why), hint=why.hint)  # fmt: skip
+                return False
+            self._ledger.deleted(key, intent, Answer.CONFIRMED)
+            return True
+        finally:
+            self._ledger.release_record(key.record_key, self._owner, fence)
+
+
+def aside_name(batch: int, file: BatchFile) -> str:
+    """Return a name never used before: batch, file, a nonce, and where the file lay, if that fits in 255 bytes."""
+    stem = f"{batch}.{file.id}.{uuid.uuid4().hex[:12]}"
+    full = f"{stem}.{quote(file.file.path, safe=' ')}"
+    return full if len(full) <= 255 else stem
+
+
+def parse_aside_name(name: str) -> tuple[int, int, str | None] | None:
+    """Return the batch, the file's number and its path (None if it did not fit) of a name in aside/; None if it is not ours."""
+    parts = name.split(".", 3)
+    if len(parts) < 3 or not (parts[0].isdigit() and parts[1].isdigit()):
+        return None
+    return int(parts[0]), int(parts[1]), unquote(parts[3]) if len(parts) > 3 else None
+
+
+def _sha256(fd: int) -> str:
+    digester = Digester("none")
+    os.lseek(fd, 0, os.SEEK_SET)
+    while chunk := os.read(fd, _CHUNK_BYTES):
+        digester.update(chunk)
+    return digester.digests().sha256

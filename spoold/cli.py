@@ -1,0 +1,443 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from spoold import __version__, config, logs
+from spoold.clock import SystemClock
+from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
+from spoold.explain import Explainer, find
+from spoold.ledger import STATES, Ledger
+from spoold.spool import KEPT
+
+EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 70, 75, 78
+DEFAULT_CONFIG = "/etc/spoold/config.yaml"
+_DEPENDENCIES = ("boto3", "watchdog", "SQLAlchemy", "Pillow", "structlog", "tenacity", "pydantic")
+
+
+class _Seconds(click.ParamType[float]):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+        text = str(value)
+        for unit, factor in units.items():
+            number = text.removesuffix(unit)
+            if number != text and number.replace(".", "", 1).isdigit():
+                return float(number) * factor
+        self.fail(f"{value!r} is no duration: write a number and ms, s, m, h or d, such as 30s", param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "-c", "--config", "file", default=DEFAULT_CONFIG, envvar="SPOOLD_CONFIG", show_default=True, metavar="FILE",
+    help="The configuration. SPOOLD_CONFIG names it too.",
+)  # fmt: skip
+@click.pass_context
+def cli(context: click.Context, file: str) -> None:
+    """Take the slow part of file uploads away from web apps.
+
+    The app writes a record's files into a spool directory and answers its user at once; spoold notices when the record is
+    complete, uploads every file to S3, proves that each one arrived, and only then deletes the local files.
+
+    \b
+    See it work, with nothing set up:      spoold demo
+    Before the first start:                spoold check
+    Start it (systemd does the same):      spoold run
+    Is anything stuck?                     spoold status
+    Why is this file still here?           spoold why /srv/app/spool/avatars/42
+
+    RECORD is a record's directory below the spool's root, such as avatars/42.
+    """
+    context.obj = file
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="Take everything complete as far as it will go, then end; do not wait for more.")
+@click.option("--dry-run", is_flag=True, help="With --once: print what would go where and what would stay, and touch nothing.")
+@click.pass_obj
+def run(file: str, once: bool, dry_run: bool) -> int:
+    """Run the daemon in the foreground, logging to standard output.
+
+    SIGTERM drains: what is in flight ends, nothing new starts. A second SIGTERM exits at once. Nothing is lost either way.
+
+    \b
+    Exit codes: 0 drained (--once: nothing left to do), 75 drain timed out (--once: something is left),
+    69 the destination refuses (--once), 78 the configuration has mistakes.
+    """
+    settings = _load(file)
+    if dry_run:
+        if not once:
+            raise click.UsageError("--dry-run goes with --once: spoold run --once --dry-run")
+        return _dry_run(settings)
+    from spoold.daemon import Daemon  # its imports cost half a second
+
+    logs.configure(format=settings.log.format, level=settings.log.level)
+    # Taking a lease makes the kernel send us SIGIO when somebody wants the file; its default would end us.
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    daemon = Daemon(settings, once=once)
+    _on_signals(daemon.stop)
+    code = daemon.run()
+    sys.stdout.flush()
+    if code == EX_TEMPFAIL and not once:
+        os._exit(code)  # threads that did not end in time must not hold us
+    return code
+
+
+@cli.command()
+@click.pass_obj
+def check(file: str) -> int:
+    """Find every mistake of the configuration; touch nothing.
+
+    One line a mistake: FILE:LINE:COLUMN: setting: what is wrong; what to write instead. Exit code 78 if there is one.
+    """
+    settings = _load(file)
+    for warning in settings.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for spool in settings.spools:
+        if not os.path.isdir(spool.root):
+            click.echo(f"warning: {file}: spool {spool.name}: there is no directory {spool.root} on this machine", err=True)
+    names = ", ".join(f"{spool.name} ({spool.root} -> s3://{spool.bucket})" for spool in settings.spools)
+    click.echo(f"{file}: no mistakes; spools: {names}")
+    return EX_OK
+
+
+@cli.command()
+@click.argument("record", required=False)
+@click.option("--spool", metavar="NAME", help="Where two spools have the record.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--watch", is_flag=True, help="Stay, and show every change; Ctrl-C ends it.")
+@click.pass_obj
+def status(file: str, record: str | None, spool: str | None, as_json: bool, watch: bool) -> int:
+    """Show how many records are in which state, or one RECORD in full.
+
+    \b
+    receiving  not complete yet              uploaded  proven in the bucket
+    stalled    incomplete for long           done      and the local files are gone (or stay by choice)
+    queued     waits for its turn            gone      the app removed it before it was uploaded
+    uploading  on its way                    retrying  heals by itself
+    dead       needs a person
+    """
+    settings = _load(file)
+    ledger = _ledger(settings)
+    if record is not None:
+        return _status_of(settings, ledger, record, spool, as_json)
+    if watch:
+        return _watch(settings, ledger)
+    overview = _overview(settings, ledger)
+    if as_json:
+        click.echo(json.dumps(overview, indent=2))
+    else:
+        _console().print(_table(overview))
+    return EX_OK
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--spool", metavar="NAME", help="Where two spools have the path.")
+@click.pass_obj
+def why(file: str, path: str, spool: str | None) -> int:
+    """Say in one sentence why PATH is still here or where it went, and what would change it.
+
+    PATH is a file or a record, absolute or below a spool's root.
+    """
+    settings = _load(file)
+    explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), path)
+    click.echo(explainer.why(relative).encode("utf-8", "backslashreplace").decode())
+    return EX_OK
+
+
+@cli.command()
+@click.argument("record")
+@click.option("--timeout", "timeout_s", type=_Seconds(), default="30s", show_default=True, help="Give up after this long.")
+@click.option("--spool", metavar="NAME", help="Where two spools have the record.")
+@click.pass_obj
+def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
+    """Wait until every file of RECORD's newest version is proven in the bucket.
+
+    Looks at the disk first, so it may be called right after writing. Exit codes: 0 proven, 75 timeout, 69 dead or gone.
+    """
+    settings = _load(file)
+    explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), record)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        standing = explainer.standing(relative)
+        if standing == "proven":
+            return EX_OK
+        if standing in ("dead", "gone"):
+            click.echo(explainer.why(relative), err=True)
+            return EX_UNAVAILABLE
+        if time.monotonic() >= deadline:
+            click.echo(f"{relative} is not proven after {timeout_s:g} s: {standing}", err=True)
+            return EX_TEMPFAIL
+        time.sleep(0.1)
+        if explainer.has_no_ledger:
+            explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), record)
+
+
+@cli.command()
+@click.argument("records", nargs=-1, metavar="[RECORD]...")
+@click.option("--all", "everything", is_flag=True, help="All dead and retrying records.")
+@click.option("--as-is", is_flag=True, help="Take incomplete records as they lie.")
+@click.option("--spool", metavar="NAME", help="Only of this spool.")
+@click.pass_obj
+def retry(file: str, records: tuple[str, ...], everything: bool, as_is: bool, spool: str | None) -> int:
+    """Make dead, retrying and stalled records due now.
+
+    With --as-is an incomplete record is taken without its missing styles, its marker or the end of its images; a file that
+    somebody has open for writing still waits.
+    """
+    if bool(records) == everything:
+        raise click.UsageError("name the records, or say --all")
+    settings = _load(file)
+    explainers = _explainers(settings, None, spool)
+    paths = [_record(explainers, record) for record in records] if records else None
+    chosen = _ledger(settings).retry(paths, spool=spool, as_is=as_is)
+    for record in chosen:
+        click.echo(f"{record} is due now")
+    for path in sorted(set(paths or ()) - set(chosen)):
+        click.echo(f"{path}: nothing of it is waiting; see: spoold status {path}", err=True)
+    if not chosen and paths is None:
+        click.echo("nothing is waiting")
+    return EX_OK
+
+
+@cli.command()
+@click.option("--exit-when-idle", is_flag=True, help="End once every picture is done.")
+@click.option("--records", default=3, show_default=True, help="How many pictures the app drops.")
+@click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), help="Work here, and keep it; a scratch directory otherwise."
+)
+def demo(exit_when_idle: bool, records: int, directory: Path | None) -> int:
+    """Show the whole job with nothing set up.
+
+    An embedded S3 server on loopback, a scratch spool, an app that drops pictures, and the daemon at work: see records
+    arrive, go up and disappear, and drop your own. Needs the extra: pip install 'spoold[demo]'
+    """
+    from spoold.demo import run_demo
+
+    return run_demo(directory=directory, exit_when_idle=exit_when_idle, records=records, console=click.echo)
+
+
+@cli.command()
+def version() -> int:
+    """Print the version, and those of Python, the platform and the main dependencies."""
+    click.echo(f"spoold {__version__}")
+    click.echo(f"Python {platform.python_version()} on {platform.platform()}")
+    click.echo(", ".join(f"{name} {version_of(name)}" for name in _DEPENDENCIES))
+    return EX_OK
+
+
+def main() -> None:
+    """Run a command and exit with its code; what went wrong is one line on standard error, with the remedy."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="spoold")
+    except click.UsageError as error:
+        error.show()
+        code = EX_USAGE
+    except click.ClickException as error:
+        error.show()
+        code = EX_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        code = EX_CONFIG
+    except SpooldError as error:
+        click.echo(f"spoold: {error}" + (f"; {error.hint}" if error.hint else ""), err=True)
+        code = EX_UNAVAILABLE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EX_OK
+    sys.exit(code or EX_OK)
+
+
+# Below: what the commands share
+
+
+def _load(file: str) -> config.Settings:
+    return config.load(file)
+
+
+def _ledger(settings: config.Settings) -> Ledger:
+    return Ledger(settings.ledger_url, clock=SystemClock(), create=False)
+
+
+def _ledger_or_none(settings: config.Settings) -> Ledger | None:
+    try:
+        return _ledger(settings)
+    except LedgerUnavailable as error:
+        if "there is none yet" in str(error):
+            return None
+        raise
+
+
+def _explainers(settings: config.Settings, ledger: Ledger | None, spool: str | None) -> list[Explainer]:
+    chosen = [each for each in settings.spools if spool in (None, each.name)]
+    if not chosen:
+        raise click.UsageError(f"there is no spool {spool}; the spools are {', '.join(s.name for s in settings.spools)}")
+    return [Explainer(settings=each, ledger=ledger, clock=SystemClock()) for each in chosen]
+
+
+def _record(explainers: list[Explainer], path: str) -> str:
+    for explainer in explainers:
+        relative = explainer.relative(path)
+        if relative is not None:
+            return relative
+    raise SpooldError(f"{path}: it lies in no spool", hint="RECORD is the record's directory below the spool's root")
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    asked = 0
+
+    def drain(signum: int, _: Any) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            os._exit(EX_TEMPFAIL)
+        stop()
+
+    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGINT, drain)
+    # A terminal that closes, or `kill -HUP` out of habit, must not end the daemon half-way.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _dry_run(settings: config.Settings) -> int:
+    ledger = _ledger_or_none(settings)
+    goes = stays = 0
+    for explainer in _explainers(settings, ledger, None):
+        for planned in explainer.plan():
+            path = planned.path.encode("utf-8", "backslashreplace").decode()
+            if planned.key is not None:
+                goes += 1
+                click.echo(f"{planned.spool}: {path} -> s3://{planned.bucket}/{planned.key}")
+            else:
+                stays += 1
+                click.echo(f"{planned.spool}: {path} stays: {planned.reason}")
+    click.echo(f"{goes} would go up, {stays} would stay; nothing was touched")
+    return EX_OK
+
+
+def _overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
+    counts, held, stored = ledger.counts(), ledger.held(), ledger.bytes_by_spool()
+    spools = []
+    for spool in settings.spools:
+        kept = spool.root / ".spoold" / KEPT
+        hold = held.get(spool.name)
+        objects, size_bytes = stored.get(spool.name, (0, 0))
+        spools.append(
+            {
+                "spool": spool.name,
+                "states": counts.get(spool.name, {}),
+                "objects": objects,
+                "bytes": size_bytes,
+                "held": None if hold is None else dict(hold._mapping),
+                "kept": sorted(os.listdir(kept)) if kept.is_dir() and os.access(kept, os.R_OK) else [],
+            }
+        )
+    return {"spools": spools, "replaced_waiting": ledger.replaced_waiting()}
+
+
+def _table(overview: dict[str, Any]) -> Group:
+    styles = {"dead": "red", "stalled": "yellow", "retrying": "yellow", "uploading": "cyan", "done": "green"}
+    present = {state for spool in overview["spools"] for state in spool["states"]}
+    states = [state for state in STATES if state in present or state in ("queued", "uploaded", "done")]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("spool")
+    for state in states:
+        table.add_column(state, justify="right")
+    table.add_column("objects", justify="right")
+    table.add_column("size", justify="right")
+    notes: list[Text] = []
+    for spool in overview["spools"]:
+        counts = [spool["states"].get(state, 0) for state in states]
+        cells = [Text(str(n), style=styles.get(state, "") if n else "dim") for state, n in zip(states, counts, strict=True)]
+        table.add_row(spool["spool"], *cells, str(spool["objects"]), _human(spool["bytes"]))
+        if hold := spool["held"]:
+            remedy = f"; {hold['hint']}" if hold["hint"] else ""
+            notes.append(Text(f"{spool['spool']} is held since {hold['since']}: {hold['error']}{remedy}", style="red"))
+        if spool["kept"]:
+            notes.append(
+                Text(
+                    f"{spool['spool']} keeps {len(spool['kept'])} file(s) that came back to a taken name, in .spoold/kept/",
+                    style="yellow",
+                )
+            )
+    return Group(table, *notes)
+
+
+def _human(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def _watch(settings: config.Settings, ledger: Ledger) -> int:
+    with Live(_table(_overview(settings, ledger)), console=_console(), refresh_per_second=4) as live:
+        while True:
+            time.sleep(0.5)
+            live.update(_table(_overview(settings, ledger)))
+
+
+def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: str | None, as_json: bool) -> int:
+    path = _record(_explainers(settings, ledger, spool), record)
+    rows = ledger.record_status(path, spool=spool)
+    if not rows:
+        click.echo(f"spoold: record {path} is not known; see: spoold why {path}", err=True)
+        return EX_UNAVAILABLE
+    cards = []
+    for row in rows:
+        objects = ledger.record_objects(path, spool=row["spool"])
+        history = ledger.record_history(path, spool=row["spool"])
+        cards.append({**row, "objects": objects, "history": history})
+    if as_json:
+        click.echo(json.dumps(cards[0] if len(cards) == 1 else cards, indent=2))
+        return EX_OK
+    for card in cards:
+        _console().print(_card(card))
+    return EX_OK
+
+
+def _card(card: dict[str, Any]) -> Group:
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    for name in ("spool", "path", "state", "processing", "version", "files", "bytes", "attempts", "next_attempt_at",
+                 "error_code", "error", "first_seen_at", "uploaded_at", "done_at"):  # fmt: skip
+        if card[name] is not None:
+            facts.add_row(name, str(card[name]))
+    objects = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("style", "key", "size", "content_type", "uploaded_at"):
+        objects.add_column(name, justify="right" if name == "size" else "left")
+    for item in card["objects"]:
+        objects.add_row(*(Text(str(item[name])) for name in ("style", "key", "size", "content_type", "uploaded_at")))
+    history = Table(box=None, show_header=False, pad_edge=False)
+    for item in card["history"]:
+        rest = "  ".join(f"{k}={v}" for k, v in item.items() if k not in ("at", "event") and v not in (None, ""))
+        history.add_row(item["at"], item["event"], Text(rest))
+    return Group(facts, "", objects, "", history)

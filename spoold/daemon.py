@@ -1,0 +1,324 @@
+"""Build the parts, run the threads, drain when asked to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from spoold import cleanup, completeness, config
+from spoold.cleanup import Cleaner, Remover
+from spoold.clock import Ages, Clock, SystemClock
+from spoold.errors import LedgerUnavailable, SpooldError
+from spoold.holds import Holds
+from spoold.ledger import Ledger
+from spoold.looker import Looker
+from spoold.model import Claim, Headers
+from spoold.owner import LEASE_S, Owner
+from spoold.pipeline import Parts, Pipeline, Retry
+from spoold.spool import Spool
+from spoold.store import Store
+from spoold.uploader import Bandwidth, Budget, Destination, Uploader
+from spoold.watcher import Watcher
+
+log = structlog.get_logger()
+
+DRAINED, LEFT, REFUSED, CRASHED = 0, 75, 69, 70
+
+_MOST_WORKERS = 8
+_AUTO_CONCURRENCY = 16
+_MEMORY_BYTES = 64 << 20  # of files in flight
+_IDLE_S = 1.0
+_TEND_EVERY_S = 0.5
+_REMOVE_EVERY_S = 5.0
+_PRUNE_EVERY_S = 3600.0
+_HISTORY_LASTS_S = 30 * 86400.0
+_WAITED_FOR = {"attempt", "clearing", "min_age", "grace", "dirs"}
+_NOT_LEFT = _WAITED_FOR | {"keep_for"}
+
+
+class Daemon:
+    """All of spoold in one process.
+
+    once: end as soon as nothing is left to do, instead of watching for more.
+    """
+
+    def __init__(self, settings: config.Settings, *, clock: Clock | None = None, once: bool = False) -> None:
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._once = once
+        self._stop = threading.Event()
+        self._work = threading.Condition()
+        self._busy = 0
+        self._crash: BaseException | None = None
+        self._starting = {spool.name for spool in settings.spools}
+        os.makedirs(settings.state_dir, mode=0o750, exist_ok=True)
+        self._ledger = Ledger(settings.ledger_url, clock=self._clock)
+        self._owner = Owner(settings.state_dir / "owners", clock=self._clock)
+        concurrency = settings.upload.concurrency if settings.upload.concurrency != "auto" else _AUTO_CONCURRENCY
+        self._workers = min(_MOST_WORKERS, concurrency)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="put")
+        self._store = Store(
+            endpoint_url=settings.s3.endpoint_url, region=settings.s3.region, profile=settings.s3.profile,
+            addressing_style=settings.s3.addressing_style, checksum=settings.s3.checksum, connections=concurrency + 2,
+        )  # fmt: skip
+        self._budget = Budget(_MEMORY_BYTES)
+        self._bandwidth = Bandwidth(settings.upload.bandwidth, clock=self._clock)
+        self._ages = Ages(self._clock)
+        self._spools = {spool.name: self._spool(spool) for spool in settings.spools}
+        self._holds = Holds(
+            ledger=self._ledger, clock=self._clock, on_release=self._wake,
+            probes={spool.name: self._probes(spool) for spool in settings.spools},
+        )  # fmt: skip
+        self._cleaners = {spool.name: self._cleaner(spool) for spool in settings.spools}
+        self._watchers = {spool.name: self._watcher(spool) for spool in settings.spools}
+        retry = settings.upload.retry
+        self._pipeline = Pipeline(
+            ledger=self._ledger, parts={spool.name: self._parts(spool) for spool in settings.spools}, holds=self._holds,
+            retry=Retry(retry.initial, retry.max, retry.give_up_after), clock=self._clock,
+        )  # fmt: skip
+        self._remover = Remover(
+            ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
+            limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools},
+        )  # fmt: skip
+
+    # Building
+
+    def _spool(self, spool: config.Spool) -> Spool:
+        return Spool(name=spool.name, root=spool.root, layout=spool.layout(), marker=spool.complete.marker)
+
+    def _destination(self, spool: config.Spool) -> Destination:
+        return Destination(
+            bucket=spool.bucket, layout=self._spools[spool.name].layout, checksum=self._settings.s3.checksum,
+            headers_for=lambda attachment, style, sniffed: headers_for(spool, attachment, style, sniffed),
+            multipart_threshold=self._settings.upload.multipart_threshold,
+        )  # fmt: skip
+
+    def _cleaner(self, spool: config.Spool) -> Cleaner:
+        rules = cleanup.Rules(
+            deletes=spool.cleanup.delete, keep_for_s=spool.cleanup.keep_for, min_age_s=spool.cleanup.min_age,
+            grace_s=spool.cleanup.grace, keep_empty_dirs_for_s=spool.cleanup.keep_empty_dirs_for,
+            trusts=spool.cleanup.without_leases == "trust", doubt_s=self._settings.upload.doubt,
+        )  # fmt: skip
+        return Cleaner(
+            spool=self._spools[spool.name], ledger=self._ledger, store=self._store, rules=rules, ages=self._ages,
+            clock=self._clock, demand_claim=self._owner.demand,
+        )  # fmt: skip
+
+    def _watcher(self, spool: config.Spool) -> Watcher:
+        rules = completeness.Rules(spool.complete.styles_for, spool.complete.settle, spool.complete.marker)
+        looker = Looker(
+            spool=self._spools[spool.name], ledger=self._ledger, rules=rules, images=spool.complete.images,
+            within_s=spool.complete.within, ages=self._ages, on_offer=self._wake,
+        )  # fmt: skip
+        return Watcher(
+            spool=self._spools[spool.name], looker=looker, ledger=self._ledger, clock=self._clock,
+            sweep_every_s=spool.sweep_every, move_in=lambda: self._move_in(spool),
+            on_broken=lambda fault: self._broken(spool.name, fault), on_mended=lambda: None,
+            on_ready=lambda: self._ready(spool.name), observes=not self._once,
+        )  # fmt: skip
+
+    def _parts(self, spool: config.Spool) -> Parts:
+        uploader = Uploader(
+            spool=self._spools[spool.name], store=self._store, destination=self._destination(spool), pool=self._pool,
+            budget=self._budget, bandwidth=self._bandwidth, clock=self._clock, stop=self._stop,
+        )  # fmt: skip
+        return Parts(
+            spool=self._spools[spool.name], uploader=uploader, cleaner=self._cleaners[spool.name],
+            replaced_after_s=spool.replaced_after if spool.replaced == "delete" else None,
+            decodes=spool.complete.images == "decode", touch=self._watchers[spool.name].touch,
+        )  # fmt: skip
+
+    def _probes(self, spool: config.Spool) -> dict[str, Callable[[], None]]:
+        headers = headers_for(spool, "", "original", "application/octet-stream")
+        key = f"{spool.key.lstrip('/').split(':', 1)[0]}.spoold-probe"
+        return {
+            "store": lambda: self._store.probe(spool.bucket, key, headers),
+            "disk": lambda: self._spools[spool.name].move_in(self._ledger.id),
+        }
+
+    def _move_in(self, spool: config.Spool) -> None:
+        """Make the house in a root that is new to us, see what the kernel can tell there, and what lies aside in it."""
+        here = self._spools[spool.name]
+        here.move_in(self._ledger.id)
+        if spool.cleanup.delete and not here.can_tell_writers():
+            keeps = spool.cleanup.without_leases == "keep"
+            log.warning(
+                "leases.unavailable", spool=spool.name,
+                detail="the kernel cannot tell who has a file of this spool open for writing; "
+                + ("local files stay after their upload" if keeps else "files are let go without asking"),
+                hint="run the daemon as the files' owner or with CAP_LEASE, on ext4, xfs, btrfs or tmpfs"
+                + ("; or set cleanup.without_leases: trust" if keeps else ""),
+            )  # fmt: skip
+        self._cleaners[spool.name].recover(self._owner.name, lease_s=LEASE_S)
+
+    # Running
+
+    def stop(self) -> None:
+        """Ask for a drain; safe in a signal handler."""
+        self._stop.set()
+
+    def run(self) -> int:
+        """Work until asked to stop, or until nothing is left if that is all that was asked for; return the exit code."""
+        self._holds.forget_before()
+        self._bury_owners()
+        watching = [self._thread(f"watch:{name}", w.run, self._stop) for name, w in self._watchers.items()]
+        working = [self._thread(f"work-{number}", self._work_on) for number in range(self._workers)]
+        done = threading.Event()
+        keeping = [self._thread("lease", self._renew, done), self._thread("tend", self._tend, done)]
+        try:
+            code = self._wait_until_idle() if self._once else self._wait_until_stopped()
+            self._stop.set()
+            self._wake()
+            if not self._join(watching + working):
+                log.warning("drain.timed_out", detail="work was under way after drain_timeout; it goes on at the next start")
+                code = LEFT
+        finally:
+            self._stop.set()
+            done.set()
+        self._join(keeping)
+        if self._crash is not None:
+            log.error("daemon.crashed", error=type(self._crash).__name__, detail=str(self._crash), exc_info=self._crash)
+            return CRASHED
+        self._pool.shutdown(wait=code != LEFT, cancel_futures=True)
+        self._owner.close()
+        self._store.close()
+        self._ledger.close()
+        log.info("daemon.drained")
+        return code
+
+    def _wait_until_stopped(self) -> int:
+        while not self._stop.wait(1.0):
+            pass
+        return DRAINED
+
+    def _wait_until_idle(self) -> int:
+        names = list(self._spools)
+        while not self._stop.wait(0.1):
+            if held := self._holds.held():
+                log.info("run.ended", detail=f"the destination refuses: {', '.join(sorted(held))}")
+                return REFUSED
+            if not all(watcher.is_idle for watcher in self._watchers.values()) or self._busy:
+                continue
+            left = self._ledger.unfinished_work(names, owner=self._owner.name)
+            if set(left) & _WAITED_FOR or self._busy or not all(w.is_idle for w in self._watchers.values()):
+                continue
+            return LEFT if set(left) - _NOT_LEFT else DRAINED
+        return LEFT
+
+    def _thread(self, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
+        """Start a thread whose death is the daemon's: half a daemon is worse than none."""
+
+        def run() -> None:
+            try:
+                target(*args)
+            except BaseException as error:
+                self._crash = self._crash or error
+                self._stop.set()
+                self._wake()
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _join(self, threads: list[threading.Thread]) -> bool:
+        deadline = self._clock.monotonic() + self._settings.drain_timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - self._clock.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def _wake(self) -> None:
+        with self._work:
+            self._work.notify_all()
+
+    def _work_on(self) -> None:
+        """One worker: claim, walk, again."""
+        unfinished: list[Claim] = []  # walks that could not tell the ledger how they ended
+        while not self._stop.is_set():
+            claim = None
+            try:
+                while unfinished:
+                    self._ledger.put_back(unfinished[-1])
+                    unfinished.pop()
+                with self._work:
+                    self._busy += 1
+                try:
+                    claim = self._ledger.claim(
+                        self._owner.name, self._spools, lease_s=LEASE_S, crashes=self._settings.upload.retry.crashes
+                    )
+                    if claim is not None:
+                        self._pipeline.walk(claim)
+                finally:
+                    with self._work:
+                        self._busy -= 1
+            except LedgerUnavailable as fault:
+                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+                if claim is not None:
+                    unfinished.append(claim)
+                self._stop.wait(_IDLE_S)
+                continue
+            if claim is None:
+                with self._work:
+                    if not self._stop.is_set():
+                        self._work.wait(0.1 if self._once else _IDLE_S)
+
+    def _renew(self, done: threading.Event) -> None:
+        """Keep our claims alive; without this they run out and others take over."""
+        while not done.wait(LEASE_S / 6):
+            asked_at = self._clock.monotonic()
+            try:
+                self._ledger.renew(self._owner.name, lease_s=LEASE_S)
+                self._owner.renewed(asked_at)
+                self._bury_owners()
+            except LedgerUnavailable as fault:
+                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+
+    def _bury_owners(self) -> None:
+        for name in self._ledger.owners():
+            if self._owner.is_dead(name):
+                self._ledger.bereave(name)
+                self._owner.forget(name)
+                self._wake()
+
+    def _tend(self, done: threading.Event) -> None:
+        """What is due now and then: probes of what is held, replaced keys, old history."""
+        remove_at = prune_at = 0.0
+        while not done.wait(_TEND_EVERY_S):
+            now = self._clock.monotonic()
+            try:
+                self._holds.probe_due()
+                if now >= remove_at and not self._stop.is_set():
+                    remove_at = now + _REMOVE_EVERY_S
+                    self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
+                if now >= prune_at:
+                    prune_at = now + _PRUNE_EVERY_S
+                    self._ledger.prune(older_than_s=_HISTORY_LASTS_S)
+            except LedgerUnavailable as fault:
+                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+
+    def _ready(self, spool: str) -> None:
+        with self._work:
+            if spool not in self._starting:
+                return
+            self._starting.discard(spool)
+            is_last = not self._starting
+        if is_last:
+            log.info("daemon.ready", spools=sorted(self._spools))
+
+    def _broken(self, spool: str, fault: SpooldError) -> None:
+        self._holds.hold(spool, fault)
+        self._ready(spool)
+
+
+def headers_for(spool: config.Spool, attachment: str, style: str, sniffed: str) -> Headers:
+    """Return what is stored with an object of this style, besides its bytes."""
+    chosen = spool.object.headers_for(attachment, style)
+    return Headers(
+        content_type=sniffed if chosen.content_type == "sniff" else chosen.content_type,
+        acl=chosen.acl, cache_control=chosen.cache_control, storage_class=chosen.storage_class,
+        server_side_encryption=chosen.server_side_encryption,
+        tags=tuple(sorted(chosen.tags.items())), metadata=tuple(sorted(chosen.metadata.items())),
+    )  # fmt: skip

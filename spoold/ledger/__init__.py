@@ -1,0 +1,17 @@
+"""What is true of every batch and object, and who is at it; the only SQL.
+
+The ledger is the queue: bounded by disk, ordered by due time, shared by several daemons, there after a crash. State says
+what is true of the data; a claim says who is at it. One class in layers, a file for each of those who use it: the watcher
+(`watching`), a walk (`walking`), cleanup (`clearing`), people and programs (`looking`).
+"""
+
+from spoold.ledger.clearing import Aside, Proof, ReplacedKey
+from spoold.ledger.looking import STATES, Looking
+from spoold.ledger.watching import Known
+
+
+class Ledger(Looking):
+    """All verbs of the ledger."""
+
+
+__all__ = ["STATES", "Aside", "Known", "Ledger", "Proof", "ReplacedKey"]

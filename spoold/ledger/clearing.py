@@ -1,0 +1,311 @@
+"""What cleanup tells the ledger: what it set aside, gave back and let go; and what it asks before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, delete, exists, func, insert, select, update
+
+from spoold.ledger.schema import batch, batch_file, claim, intent, key_owner, object_, record, replaced
+from spoold.ledger.walking import Walking, batch_file_of
+from spoold.model import Answer, BatchFile, Claim, Identity, State
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the ledger holds of one live object: whether it is still there as stored, and since when that is known.
+
+    digest: SHA-256, hex. proven_at: seconds since the epoch.
+    """
+
+    style: str
+    bucket: str
+    key: str
+    digest: str
+    md5: str
+    etag: str
+    size: int
+    checksum_algorithm: str | None
+    checksum: str | None
+    version_id: str | None
+    proven_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A file that was set aside, by the batch in its name.
+
+    was_stored: that batch was proven in the bucket once, so a file with its digest may go.
+    """
+
+    record_key: int
+    record: str
+    batch: int
+    was_stored: bool
+    file: BatchFile
+
+
+@dataclass(frozen=True, slots=True)
+class ReplacedKey:
+    """A key that nothing needs any more, and whose it was."""
+
+    spool: str
+    record_key: int
+    record: str
+    bucket: str
+    key: str
+
+
+class Clearing(Walking):
+    """The verbs of cleanup."""
+
+    # Before letting go
+
+    def stored_moment(self, mine: Claim) -> float | None:
+        """Return when the batch was proven in the bucket, in seconds since the epoch; None if it never was."""
+        with self.read() as connection:
+            return connection.execute(select(batch.c.stored_moment).where(batch.c.id == mine.batch.id)).scalar()
+
+    def proofs(self, mine: Claim) -> list[Proof]:
+        """Return the live objects that this batch's files are."""
+        statement = (
+            select(object_)
+            .join(batch_file, and_(batch_file.c.bucket == object_.c.bucket, batch_file.c.key == object_.c.key))
+            .where(batch_file.c.batch_id == mine.batch.id, batch_file.c.digest == object_.c.digest)
+        )
+        with self.read() as connection:
+            return [
+                Proof(
+                    row.style, row.bucket, row.key, row.digest, row.md5, row.etag, row.size, row.checksum_algorithm,
+                    row.checksum, row.version_id, row.proven_at,
+                )
+                for row in connection.execute(statement)
+            ]  # fmt: skip
+
+    def renew_proofs(self, mine: Claim, keys: Iterable[str]) -> None:
+        """Write down that these keys were just seen to hold what was stored."""
+        with self.write() as change:
+            where = and_(object_.c.record_key == mine.batch.record_key, object_.c.key.in_(list(keys)))
+            change.execute(update(object_).where(where).values(proven_at=change.now))
+
+    def doubts(self, mine: Claim) -> dict[str, float]:
+        """Return the batch's keys that an older PUT or DELETE of other content may still change, and since when it may."""
+        mine_now = select(batch_file.c.key, batch_file.c.bucket, batch_file.c.digest).where(
+            batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None)
+        )
+        files = mine_now.subquery()
+        other = intent.c.digest.is_distinct_from(files.c.digest)
+        statement = (
+            select(intent.c.key, func.max(intent.c.doubt_at))
+            .join(files, and_(files.c.key == intent.c.key, files.c.bucket == intent.c.bucket))
+            .where(intent.c.doubt_at.is_not(None), other)
+            .group_by(intent.c.key)
+        )
+        with self.read() as connection:
+            return {key: moment for key, moment in connection.execute(statement)}
+
+    def settle_doubts(self, mine: Claim, keys: Iterable[str], *, before: float) -> None:
+        """The time in which these keys' doubtful PUTs could land is over, and what they hold was looked at."""
+        with self.write() as change:
+            where = and_(
+                intent.c.record_key == mine.batch.record_key, intent.c.key.in_(list(keys)), intent.c.doubt_at <= before
+            )
+            change.execute(update(intent).where(where).values(doubt_at=None))
+
+    # Letting go
+
+    def set_aside(self, mine: Claim, file: BatchFile, name: str) -> None:
+        """Write down, before it is done, that a file is renamed to `name` in `.spoold/aside/`."""
+        with self.write() as change:
+            self._demand(change, mine)
+            change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=name))
+            self._tell(change, mine, "file.set_aside", path=file.file.path)
+
+    def not_aside(self, file: BatchFile) -> None:
+        """The file does not lie aside after all, but where it lay."""
+        with self.write() as change:
+            change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=None))
+
+    def given_back(
+        self, batch_id: int, file: BatchFile, *, spool: str, record: str, reason: str, still_ours: Identity | None
+    ) -> None:
+        """A file went back to where the app put it.
+
+        still_ours: its identity now, if its bytes are still those that were stored; None if it is new to us.
+        """
+        values: dict[str, Any] = {"aside_name": None, "is_gone": still_ours is None}
+        if still_ours is not None:
+            values |= {name: getattr(still_ours, name) for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+        with self.write() as change:
+            change.execute(update(batch_file).where(batch_file.c.id == file.id).values(**values))
+            key = change.execute(select(batch.c.record_key).where(batch.c.id == batch_id)).scalar_one()
+            change.tell(
+                "file.given_back",
+                record_key=key,
+                batch=batch_id,
+                spool=spool,
+                record=record,
+                path=file.file.path,
+                detail=reason,
+            )
+
+    def let_go(self, mine: Claim, files: Iterable[BatchFile], *, deleted: bool) -> None:
+        """These files are no business of the batch any more: deleted, or not there any more."""
+        with self.write() as change:
+            for file in files:
+                change.execute(update(batch_file).where(batch_file.c.id == file.id).values(is_gone=True, aside_name=None))
+                if deleted:
+                    self._tell(change, mine, "file.deleted", path=file.file.path)
+
+    def aside_file(self, batch_id: int, file_id: int) -> Aside | None:
+        """Return what the ledger knows of a file by the batch and the number in its name."""
+        statement = (
+            select(batch_file, batch.c.stored_moment, batch.c.record_key, record.c.path.label("record_path"))
+            .join(batch, batch.c.id == batch_file.c.batch_id)
+            .join(record, record.c.id == batch.c.record_key)
+            .where(batch_file.c.id == file_id, batch_file.c.batch_id == batch_id)
+        )
+        with self.read() as connection:
+            row = connection.execute(statement).first()
+            if row is None:
+                return None
+            return Aside(row.record_key, row.record_path, batch_id, row.stored_moment is not None, batch_file_of(row))
+
+    def lies_aside(self, batch_id: int, file_id: int, name: str) -> None:
+        """Write down that a file lies aside under `name`, and see to it that its batch is walked."""
+        with self.write() as change:
+            change.execute(update(batch_file).where(batch_file.c.id == file_id).values(aside_name=name, is_gone=False))
+            change.execute(update(batch).where(batch.c.id == batch_id).values(due_at=change.now, waiting_for="grace"))
+
+    def all_aside(self, spool: str) -> list[Aside]:
+        """Return every file that the ledger believes to lie aside in this spool."""
+        statement = (
+            select(batch_file, batch.c.stored_moment, batch.c.record_key, record.c.path.label("record_path"))
+            .join(batch, batch.c.id == batch_file.c.batch_id)
+            .join(record, record.c.id == batch.c.record_key)
+            .where(record.c.spool == spool, batch_file.c.aside_name.is_not(None))
+        )
+        with self.read() as connection:
+            return [
+                Aside(row.record_key, row.record_path, row.batch_id, row.stored_moment is not None, batch_file_of(row))
+                for row in connection.execute(statement)
+            ]
+
+    def claim_record(self, record_key: int, owner: str, *, lease_s: float) -> int | None:
+        """Claim a record without a batch, to recover or to remove what is its; None if somebody else is at it.
+
+        Returns the claim's fence, for `release_record`.
+        """
+        with self.write() as change:
+            held_by = change.execute(select(claim).where(claim.c.record_key == record_key)).first()
+            if held_by is not None and change.now < held_by.until <= change.now + 2 * lease_s:
+                return None
+            self._take_over(change, record_key)
+            fence = change.execute(select(record.c.fence).where(record.c.id == record_key)).scalar_one() + 1
+            change.execute(update(record).where(record.c.id == record_key).values(fence=fence))
+            row = {
+                "record_key": record_key,
+                "batch_id": None,
+                "owner": owner,
+                "fence": fence,
+                "until": change.now + lease_s,
+            }
+            change.execute(insert(claim), row)
+            return int(fence)
+
+    def release_record(self, record_key: int, owner: str, fence: int) -> None:
+        """Give back what `claim_record` gave."""
+        with self.write() as change:
+            change.execute(
+                delete(claim).where(claim.c.record_key == record_key, claim.c.owner == owner, claim.c.fence == fence)
+            )
+
+    # Replaced keys
+
+    def replaced_due(self, spools: Iterable[str]) -> list[ReplacedKey]:
+        """Return the keys that nothing needs any more, longest due first; at most 100.
+
+        A key that a live or a pending manifest holds is never among them (rule 7).
+        """
+        pending = exists().where(
+            batch_file.c.bucket == replaced.c.bucket, batch_file.c.key == replaced.c.key,
+            batch.c.id == batch_file.c.batch_id, batch.c.state.in_((State.PENDING, State.DEAD)),
+        )  # fmt: skip
+        live = exists().where(object_.c.bucket == replaced.c.bucket, object_.c.key == replaced.c.key)
+        unhashed = exists().where(  # a pending batch whose keys nobody knows yet
+            batch.c.record_key == replaced.c.record_key, batch.c.state == State.PENDING
+        )
+        statement = (
+            select(replaced, record.c.spool, record.c.path)
+            .join(record, record.c.id == replaced.c.record_key)
+            .where(replaced.c.due_at <= self._clock.now(), record.c.spool.in_(list(spools)), ~pending, ~live, ~unhashed)
+            .order_by(replaced.c.due_at)
+            .limit(100)
+        )
+        with self.read() as connection:
+            return [
+                ReplacedKey(row.spool, row.record_key, row.path, row.bucket, row.key) for row in connection.execute(statement)
+            ]
+
+    def next_replaced_at(self) -> float | None:
+        """Return when the next replaced key is due, in seconds since the epoch."""
+        with self.read() as connection:
+            return connection.execute(select(func.min(replaced.c.due_at))).scalar()
+
+    def deletes_in_last_hour(self, spool: str) -> int:
+        """Return how many remote deletions of this spool the fuse has to count."""
+        statement = (
+            select(func.count())
+            .select_from(intent)
+            .join(record, record.c.id == intent.c.record_key)
+            .where(record.c.spool == spool, intent.c.kind == "delete", intent.c.started_at > self._clock.now() - 3600)
+        )
+        with self.read() as connection:
+            return connection.execute(statement).scalar_one()
+
+    def deletes_held_back(self, spool: str, *, waiting: int, limit: int) -> None:
+        """Tell that the fuse on remote deletions has blown."""
+        with self.write() as change:
+            change.tell(
+                "deletes.held_back", spool=spool, files=waiting,
+                detail=f"{limit} keys were deleted within an hour, as many as max_deletes_per_hour allows",
+                hint="they go on by themselves within the hour; if so many are expected, raise cleanup.max_deletes_per_hour",
+            )  # fmt: skip
+
+    def intend_delete(self, key: ReplacedKey) -> int | None:
+        """Write down a DELETE before it starts; None if the key is needed again by now."""
+        with self.write() as change:
+            here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
+            needed = select(object_.c.id).where(object_.c.bucket == key.bucket, object_.c.key == key.key)
+            pending = select(batch.c.id).where(batch.c.record_key == key.record_key, batch.c.state == State.PENDING)
+            if not change.execute(select(replaced).where(here)).first() or change.execute(needed).first():
+                return None
+            if change.execute(pending).first():
+                return None
+            row = {
+                "record_key": key.record_key, "kind": "delete", "bucket": key.bucket, "key": key.key, "started_at": change.now,
+            }  # fmt: skip
+            return int(change.execute(insert(intent).returning(intent.c.id), row).scalar_one())
+
+    def deleted(self, key: ReplacedKey, identifier: int, answer: Answer) -> None:
+        """Write down what became of a DELETE. In doubt or refused, the key stays on the list."""
+        with self.write() as change:
+            doubt_at = change.now if answer is Answer.DOUBT else None
+            change.execute(update(intent).where(intent.c.id == identifier).values(answer=answer, doubt_at=doubt_at))
+            here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
+            if answer is not Answer.CONFIRMED:
+                change.execute(update(replaced).where(here).values(due_at=change.now + 300))
+                return
+            change.execute(delete(replaced).where(here))
+            # An older PUT of this key that is in doubt may still bring it back: then it stays ours, to be looked at again.
+            doubtful = select(intent.c.id).where(
+                intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.doubt_at.is_not(None)
+            )
+            if change.execute(doubtful.limit(1)).first() is None:
+                change.execute(delete(key_owner).where(key_owner.c.bucket == key.bucket, key_owner.c.key == key.key))
+                change.execute(
+                    delete(intent).where(intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.kind == "put")
+                )
+            change.tell("object.deleted", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key)

@@ -1,0 +1,500 @@
+"""What a walk tells the ledger: the claim, the intents, what the store answered, and how far the batch came.
+
+Every change made by a walk is a compare-and-set that also demands its live claim; losing it is ClaimLost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Row, and_, delete, exists, insert, or_, select, update
+
+from spoold.clock import iso
+from spoold.errors import ClaimLost, Crashed, KeyTaken, SpooldError
+from spoold.ledger.database import Transaction
+from spoold.ledger.schema import (
+    batch,
+    batch_file,
+    claim,
+    held,
+    history,
+    intent,
+    key_owner,
+    object_,
+    record,
+    replaced,
+    sighting,
+)
+from spoold.ledger.watching import Watching, identity_of
+from spoold.model import (
+    ORIGINAL,
+    Answer,
+    Batch,
+    BatchFile,
+    Claim,
+    Put,
+    PutResult,
+    SpooledFile,
+    State,
+    StoredObject,
+)
+
+
+class Walking(Watching):
+    """The verbs of a walk."""
+
+    # Claims
+
+    def claim(self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int) -> Claim | None:
+        """Claim the record of the batch that is due next, of these spools and none that is held; None if nothing is.
+
+        crashes: a pending batch whose walks killed their process this often is buried instead. The attempt is written
+        down with the claim: a batch that kills us is then counted, not walked for ever (FACTS 31).
+        """
+        names = list(spools)
+        with self.read() as connection:  # idle workers ask often: they must not queue up to write
+            if connection.execute(_due(self._clock.now(), names, lease_s)).first() is None:
+                return None
+        with self.write() as change:
+            while True:
+                row = change.execute(_due(change.now, names, lease_s)).first()
+                if row is None:
+                    return None
+                self._take_over(change, row.record_key)
+                if row.state == State.PENDING and row.crashes >= crashes:
+                    fault = Crashed(
+                        f"walk {row.path}: {row.crashes} walks of it ended with the daemon's process",
+                        hint="look at its files and the system's log (out of memory?), then: spoold retry",
+                    )
+                    self._bury(change, row.id, row.record_key, row.spool, row.path, fault)
+                    continue
+                return self._claimed(change, row, owner, lease_s)
+
+    def _take_over(self, change: Transaction, key: int) -> None:
+        """Whoever had this record's claim is dead or frozen: what it had under way may still land (rule 6)."""
+        change.execute(delete(claim).where(claim.c.record_key == key))
+        change.execute(
+            update(intent)
+            .where(intent.c.record_key == key, intent.c.answer.is_(None))
+            .values(answer=Answer.DOUBT, doubt_at=change.now)
+        )
+
+    def _claimed(self, change: Transaction, row: Row[Any], owner: str, lease_s: float) -> Claim:
+        until = change.now + lease_s
+        fence = row.fence + 1
+        change.execute(update(record).where(record.c.id == row.record_key).values(fence=fence))
+        change.execute(
+            insert(claim),
+            {"record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": fence, "until": until},
+        )
+        if row.state == State.PENDING:
+            change.execute(update(batch).where(batch.c.id == row.id).values(crashes=row.crashes + 1))
+            self._touched(change, row.record_key)
+        event = "batch.claimed" if row.state == State.PENDING else "batch.resumed"
+        attempt = row.attempts + 1 if row.state == State.PENDING else None
+        change.tell(event, record_key=row.record_key, batch=row.id, spool=row.spool, record=row.path, attempt=attempt)
+        files = change.execute(select(batch_file).where(batch_file.c.batch_id == row.id).order_by(batch_file.c.id))
+        claimed = Batch(
+            row.id, row.spool, row.record_key, row.path, row.attachment, row.record_id, State(row.state), row.version,
+            row.attempts, tuple(batch_file_of(file) for file in files),
+        )  # fmt: skip
+        return Claim(claimed, owner, fence, until)
+
+    def renew(self, owner: str, *, lease_s: float) -> None:
+        """Prolong every claim of this owner that nobody has taken over."""
+        with self.write() as change:
+            change.execute(update(claim).where(claim.c.owner == owner).values(until=change.now + lease_s))
+
+    def owners(self) -> list[str]:
+        """Return whoever holds a claim."""
+        with self.read() as connection:
+            return list(connection.execute(select(claim.c.owner).distinct()).scalars())
+
+    def bereave(self, owner: str) -> None:
+        """End every claim of an owner that is known to be dead, so that nobody waits for them to run out."""
+        with self.write() as change:
+            for key in change.execute(select(claim.c.record_key).where(claim.c.owner == owner)).scalars().all():
+                self._take_over(change, key)
+            change.tell("claim.lost", detail=f"the daemon {owner} is dead; its claims are free")
+
+    # Uploading
+
+    def intend(self, mine: Claim, puts: Sequence[Put]) -> list[Put]:
+        """Write down key and digest of every PUT before it starts, and whose each key is from now on.
+
+        A content that the key's newest PUT has proven to hold, with no PUT of other content in doubt, is adopted instead.
+        Raises KeyTaken if a key belongs to another record, and ClaimLost.
+        """
+        intended = []
+        with self.write() as change:
+            self._demand(change, mine)
+            is_new = False
+            for put in puts:
+                self._take_key(change, mine, put)
+                past = change.execute(
+                    select(intent).where(intent.c.bucket == put.bucket, intent.c.key == put.key).order_by(intent.c.id.desc())
+                ).all()
+                is_new = is_new or not past or past[0].digest != put.digests.sha256
+                in_doubt = any(row.digest != put.digests.sha256 and row.doubt_at is not None for row in past)
+                if past and past[0].answer == Answer.CONFIRMED and past[0].digest == put.digests.sha256 and not in_doubt:
+                    intended.append(dataclasses.replace(put, adopted=_stored_object(past[0]), intent=past[0].id))
+                else:
+                    row = {
+                        "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "kind": "put", "bucket": put.bucket,
+                        "key": put.key, "digest": put.digests.sha256, "started_at": change.now,
+                    }  # fmt: skip
+                    identifier = change.execute(insert(intent).returning(intent.c.id), row).scalar_one()
+                    intended.append(dataclasses.replace(put, intent=identifier))
+                change.execute(
+                    update(batch_file)
+                    .where(batch_file.c.id == put.file.id)
+                    .values(digest=put.digests.sha256, bucket=put.bucket, key=put.key)
+                )
+            self._set_version(change, mine, is_new)
+        return intended
+
+    def _set_version(self, change: Transaction, mine: Claim, is_new: bool) -> None:
+        """New content of the record, by digest, is a new version; the same bytes again are not."""
+        key = mine.batch.record_key
+        version = change.execute(select(record.c.version).where(record.c.id == key)).scalar_one() + is_new
+        change.execute(update(record).where(record.c.id == key).values(version=version))
+        change.execute(update(batch).where(batch.c.id == mine.batch.id).values(version=version))
+
+    def live_fingerprint(self, mine: Claim) -> str | None:
+        """Return the MD5 of the record's live original, hex, if it has one."""
+        statement = select(object_.c.md5).where(object_.c.record_key == mine.batch.record_key, object_.c.style == ORIGINAL)
+        with self.read() as connection:
+            return connection.execute(statement.order_by(object_.c.id.desc()).limit(1)).scalar()
+
+    def was_taken_as_is(self, mine: Claim) -> bool:
+        """Say whether a person had the batch taken as it lies."""
+        with self.read() as connection:
+            decided_by = connection.execute(select(batch.c.decided_by).where(batch.c.id == mine.batch.id)).scalar_one()
+            return "as-is" in decided_by.split(",")
+
+    def mark_hashed(self, mine: Claim, file: BatchFile, digest: str) -> None:
+        """Write down the content of a file that goes with its batch without being uploaded: the marker."""
+        with self.write() as change:
+            self._demand(change, mine)
+            change.execute(update(batch_file).where(batch_file.c.id == file.id).values(digest=digest))
+
+    def _take_key(self, change: Transaction, mine: Claim, put: Put) -> None:
+        where = and_(key_owner.c.bucket == put.bucket, key_owner.c.key == put.key)
+        owner = change.execute(select(key_owner.c.record_key).where(where)).scalar()
+        if owner is None:
+            change.execute(insert(key_owner), {"bucket": put.bucket, "key": put.key, "record_key": mine.batch.record_key})
+        elif owner != mine.batch.record_key:
+            other = change.execute(select(record.c.spool, record.c.path).where(record.c.id == owner)).one()
+            raise KeyTaken(
+                f"put {put.file.file.path}: its key {put.key} in bucket {put.bucket} belongs to record {other.path} of spool {other.spool}",
+                hint="give the spool a `key` that tells the two apart, or remove one of the two records",
+            )
+
+    def note_upload(self, identifier: int, upload_id: str) -> None:
+        """Write down a multipart upload before its first part goes out."""
+        with self.write() as change:
+            change.execute(update(intent).where(intent.c.id == identifier).values(upload_id=upload_id))
+
+    def answered(self, results: Iterable[PutResult]) -> None:
+        """Write down what the store said. No claim is needed: this is what happened, whoever owns the record now.
+
+        An answer that comes when a newer PUT or DELETE of the key has begun leaves the order of the two unknown, so it
+        counts as a doubt that has just ended.
+        """
+        with self.write() as change:
+            for result in results:
+                row = change.execute(select(intent).where(intent.c.id == result.put.intent)).first()
+                if row is None or result.put.adopted is not None:
+                    continue
+                newer = select(intent.c.id).where(intent.c.bucket == row.bucket, intent.c.key == row.key, intent.c.id > row.id)
+                overtaken = change.execute(newer.limit(1)).first() is not None
+                values: dict[str, Any] = {"answer": result.answer, "doubt_at": result.doubt_at}
+                if overtaken and result.answer is not Answer.REFUSED:
+                    values["doubt_at"] = change.now
+                if result.stored is not None:
+                    values |= _proof_columns(result.stored) | {"proven_at": change.now}
+                change.execute(update(intent).where(intent.c.id == row.id).values(**values))
+
+    def stored(self, mine: Claim, results: Sequence[PutResult], *, replaced_after_s: float | None, elapsed_s: float) -> Claim:
+        """Everything of the batch is proven in the bucket: from here on the bucket is the truth. Return the claim as it is now.
+
+        replaced_after_s: how long keys outlive what a newer original put in their place; None keeps them for ever.
+        """
+        with self.write() as change:
+            self._demand(change, mine)
+            originals = [result.put for result in results if result.put.file.file.style == ORIGINAL]
+            has_new_original = any(self._live_digest(change, put) != put.digests.sha256 for put in originals)
+            for result in results:
+                assert result.stored is not None, "only proven objects are live"
+                self._live(change, mine, result.put, result.stored)
+            if has_new_original and replaced_after_s is not None:
+                self._replace_others(change, mine, change.now + replaced_after_s)
+            values = {
+                "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0, "attempts": 0,
+                "next_attempt_at": None, "error_code": None, "error": None, "hint": None,
+                "due_at": change.now, "waiting_for": "",
+            }  # fmt: skip
+            change.execute(update(batch).where(batch.c.id == mine.batch.id).values(**values))
+            self._touched(change, mine.batch.record_key)
+            size_bytes = sum(result.put.digests.size for result in results)
+            self._tell(change, mine, "batch.stored", files=len(results), size_bytes=size_bytes, elapsed_s=round(elapsed_s, 3))
+            files = change.execute(select(batch_file).where(batch_file.c.batch_id == mine.batch.id).order_by(batch_file.c.id))
+            now_stored = dataclasses.replace(
+                mine.batch, state=State.STORED, attempts=0, files=tuple(batch_file_of(file) for file in files)
+            )
+            return dataclasses.replace(mine, batch=now_stored)
+
+    def _live_digest(self, change: Transaction, put: Put) -> str | None:
+        here = and_(object_.c.bucket == put.bucket, object_.c.key == put.key)
+        digest: str | None = change.execute(select(object_.c.digest).where(here)).scalar()
+        return digest
+
+    def _live(self, change: Transaction, mine: Claim, put: Put, stored: StoredObject) -> None:
+        """Put an object into the manifest in the place of what its key held before."""
+        proven = change.execute(select(intent.c.proven_at).where(intent.c.id == put.intent)).scalar()
+        here = and_(object_.c.bucket == put.bucket, object_.c.key == put.key)
+        before = change.execute(select(object_.c.digest, object_.c.uploaded_at).where(here)).first()
+        unchanged = before is not None and before.digest == put.digests.sha256 and put.adopted is not None
+        file = put.file.file
+        row = {
+            "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "style": file.style, "basename": file.basename,
+            "filename": file.filename, "bucket": put.bucket, "key": put.key, "url": put.url,
+            "digest": put.digests.sha256, "md5": put.digests.md5,
+            "uploaded_at": before.uploaded_at if before is not None and unchanged else change.at,
+            "proven_at": proven or change.now, **_proof_columns(stored),
+        }  # fmt: skip
+        change.execute(delete(object_).where(here))
+        change.execute(insert(object_), row)
+        change.execute(delete(replaced).where(replaced.c.bucket == put.bucket, replaced.c.key == put.key))
+        # What came before the newest proven PUT and is not in doubt has nothing left to tell.
+        change.execute(
+            delete(intent).where(
+                intent.c.bucket == put.bucket, intent.c.key == put.key, intent.c.id < put.intent,
+                intent.c.answer.is_not(None), intent.c.doubt_at.is_(None), intent.c.kind == "put",
+            )
+        )  # fmt: skip
+
+    def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
+        """A newer original took its place: the record's other keys go, live ones and those an abandoned version may have left."""
+        mine_keys = select(batch_file.c.key).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None))
+        live = select(object_.c.bucket, object_.c.key).where(
+            object_.c.record_key == mine.batch.record_key, object_.c.key.not_in(mine_keys)
+        )
+        written = select(intent.c.bucket, intent.c.key).where(
+            intent.c.record_key == mine.batch.record_key,
+            intent.c.kind == "put",
+            or_(intent.c.answer != Answer.REFUSED, intent.c.doubt_at.is_not(None)),
+            intent.c.key.not_in(mine_keys),
+        )
+        for bucket, key in {*map(tuple, change.execute(live)), *map(tuple, change.execute(written))}:
+            change.execute(delete(object_).where(object_.c.bucket == bucket, object_.c.key == key))
+            change.execute(delete(replaced).where(replaced.c.bucket == bucket, replaced.c.key == key))
+            row = {"bucket": bucket, "key": key, "record_key": mine.batch.record_key, "due_at": due_at}
+            change.execute(insert(replaced), row)
+
+    # How a walk ends
+
+    def come_back(self, mine: Claim, due_at: float, waiting_for: str) -> None:
+        """Give the claim back; the batch is due again at `due_at`, as soon as `waiting_for` is over."""
+        with self.write() as change:
+            self._demand(change, mine, even_superseded=True)
+            self._end(change, mine, due_at=due_at, waiting_for=waiting_for)
+
+    def put_back(self, mine: Claim) -> None:
+        """Give the claim back with the batch as it was: the destination is held, or the daemon drains. No attempt is spent."""
+        with self.write() as change:
+            if self._is_mine(change, mine):
+                self._end(change, mine, due_at=change.now)
+
+    def defer(self, mine: Claim, fault: SpooldError, due_in_s: float) -> None:
+        """Later again: an attempt is spent."""
+        with self.write() as change:
+            self._demand(change, mine, even_superseded=True)
+            attempt = mine.batch.attempts + 1
+            self._end(
+                change, mine, due_at=change.now + due_in_s, waiting_for="retry", attempts=attempt,
+                next_attempt_at=iso(change.now + due_in_s), error_code=fault.code, error=str(fault), hint=fault.hint,
+            )  # fmt: skip
+            self._touched(change, mine.batch.record_key)
+            self._tell(
+                change, mine, "batch.deferred" if mine.batch.state is State.PENDING else "clear.deferred", attempt=attempt,
+                due_in_s=round(due_in_s, 3), error=fault.code, detail=str(fault), hint=fault.hint,
+            )  # fmt: skip
+
+    def bury(self, mine: Claim, fault: SpooldError) -> None:
+        """Never, as it stands: a person must look. The files stay where they are."""
+        with self.write() as change:
+            self._demand(change, mine)
+            self._end(change, mine)
+            self._bury(change, mine.batch.id, mine.batch.record_key, mine.batch.spool, mine.batch.record, fault)
+
+    def withdraw(self, mine: Claim, fault: SpooldError, *, vetoed: bool = False) -> None:
+        """The world moved on: the batch is no more, the record is to be looked at again.
+
+        vetoed: this very snapshot is not to be offered again: its images do not decode.
+        """
+        with self.write() as change:
+            if not self._is_mine(change, mine):
+                return
+            self._end(change, mine)
+            key = mine.batch.record_key
+            row = change.execute(select(batch).where(batch.c.id == mine.batch.id)).one()
+            if row.state != State.PENDING:
+                return
+            change.execute(update(batch).where(batch.c.id == row.id).values(state=State.SUPERSEDED, due_at=None))
+            change.execute(delete(sighting).where(sighting.c.record_key == key))
+            waiting = {
+                "record_key": key,
+                "state": "receiving",
+                "reason": str(fault),
+                "files": row.files,
+                "bytes": row.bytes,
+            }
+            change.execute(insert(sighting), {**waiting, "vetoed": row.fingerprint if vetoed else None})
+            self._touched(change, key)
+            self._tell(change, mine, "batch.superseded", detail=str(fault))
+            change.tell("record.seen", record_key=key, spool=mine.batch.spool, record=mine.batch.record)
+
+    def reopen(self, mine: Claim, keys: Iterable[str], fault: SpooldError) -> None:
+        """The bucket does not hold what was proven once: put these keys again while their files still lie here."""
+        with self.write() as change:
+            self._demand(change, mine)
+            change.execute(
+                update(intent)
+                .where(
+                    intent.c.record_key == mine.batch.record_key,
+                    intent.c.key.in_(list(keys)),
+                    intent.c.answer == Answer.CONFIRMED,
+                )
+                .values(answer=Answer.REFUSED)
+            )
+            self._end(change, mine, state=State.PENDING, due_at=change.now, waiting_for="retry", next_attempt_at=change.at)
+            self._tell(change, mine, "batch.deferred", due_in_s=0.0, error=fault.code, detail=str(fault), hint=fault.hint)
+
+    def done(self, mine: Claim, dirs_due_at: float | None) -> None:
+        """The local files have left the app's tree for good, or stay by choice.
+
+        dirs_due_at: when its empty directories may go, or None if there are none to see to.
+        """
+        with self.write() as change:
+            self._demand(change, mine, even_superseded=True)
+            due = {"due_at": dirs_due_at, "waiting_for": "dirs" if dirs_due_at is not None else ""}
+            row = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).one()
+            if row.state != State.STORED:
+                self._end(change, mine, **due)
+                return
+            self._end(change, mine, state=State.DONE, done_at=change.at, **due)
+            self._touched(change, mine.batch.record_key)
+            self._tell(change, mine, "record.cleared", files=len(mine.batch.uploads))
+
+    # Shared
+
+    def _is_mine(self, change: Transaction, mine: Claim) -> bool:
+        row = change.execute(select(claim).where(claim.c.record_key == mine.batch.record_key)).first()
+        return row is not None and (row.owner, row.fence) == (mine.owner, mine.fence)
+
+    def _demand(self, change: Transaction, mine: Claim, *, even_superseded: bool = False) -> None:
+        """Raise ClaimLost unless the claim is live and, but where said, the batch still counts."""
+        if not self._is_mine(change, mine):
+            raise ClaimLost(f"walk {mine.batch.record}: its claim was taken over")
+        state = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).scalar_one()
+        if state == State.SUPERSEDED and mine.batch.state is not State.SUPERSEDED and not even_superseded:
+            raise ClaimLost(f"walk {mine.batch.record}: a newer batch took its place")
+
+    def _end(self, change: Transaction, mine: Claim, **values: Any) -> None:
+        """End the walk in good order: the claim is free, and no crash is counted."""
+        change.execute(delete(claim).where(claim.c.record_key == mine.batch.record_key))
+        state = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).scalar_one()
+        if state == State.SUPERSEDED:
+            values = {name: values[name] for name in ("due_at", "waiting_for") if name in values}
+            aside = select(batch_file.c.id).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.aside_name.is_not(None))
+            if change.execute(aside.limit(1)).first() is None:
+                values["due_at"] = None
+        change.execute(update(batch).where(batch.c.id == mine.batch.id).values(crashes=0, **values))
+
+    def _bury(self, change: Transaction, identifier: int, key: int, spool: str, path: str, fault: SpooldError) -> None:
+        values = {
+            "state": State.DEAD, "due_at": None, "next_attempt_at": None, "waiting_for": "",
+            "error_code": fault.code, "error": str(fault), "hint": fault.hint,
+        }  # fmt: skip
+        change.execute(update(batch).where(batch.c.id == identifier).values(**values))
+        self._touched(change, key)
+        change.tell(
+            "batch.dead", record_key=key, batch=identifier, spool=spool, record=path,
+            error=fault.code, detail=str(fault), hint=fault.hint,
+        )  # fmt: skip
+
+    def _tell(self, change: Transaction, mine: Claim, event: str, **keys: Any) -> None:
+        change.tell(
+            event,
+            record_key=mine.batch.record_key,
+            batch=mine.batch.id,
+            spool=mine.batch.spool,
+            record=mine.batch.record,
+            **keys,
+        )
+
+    # Spools that are held
+
+    def hold(self, spool: str, fault: SpooldError) -> None:
+        """Write down that nothing of this spool can work until somebody acts; told once, until it works again."""
+        with self.write() as change:
+            values = {"error_code": fault.code, "error": str(fault), "hint": fault.hint}
+            before = change.execute(select(held).where(held.c.spool == spool)).first()
+            if before is None:
+                change.execute(insert(held), {"spool": spool, "since": change.at, **values})
+            else:
+                change.execute(update(held).where(held.c.spool == spool).values(**values))
+            if before is None or before.error_code != fault.code:
+                change.tell("spool.held", spool=spool, error=fault.code, detail=str(fault), hint=fault.hint)
+
+    def release(self, spool: str) -> None:
+        """The spool works again."""
+        with self.write() as change:
+            if change.execute(delete(held).where(held.c.spool == spool)).rowcount:
+                change.tell("spool.released", spool=spool)
+
+    def held(self) -> dict[str, Row[Any]]:
+        """Return the held spools by name, each with since, error_code, error, hint."""
+        with self.read() as connection:
+            return {row.spool: row for row in connection.execute(select(held))}
+
+    def prune(self, *, older_than_s: float) -> None:
+        """Forget history that is older than this."""
+        with self.write() as change:
+            change.execute(delete(history).where(history.c.at < iso(change.now - older_than_s)))
+
+
+def _due(now: float, spools: list[str], lease_s: float):  # type: ignore[no-untyped-def]  # spells out every column
+    """Select the batches that may be claimed, uploads first, then by due time.
+
+    A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
+    """
+    live = exists().where(claim.c.record_key == record.c.id, claim.c.until > now, claim.c.until <= now + 2 * lease_s)
+    return (
+        select(batch, record.c.spool, record.c.path, record.c.attachment, record.c.record_id, record.c.fence)
+        .join(record, record.c.id == batch.c.record_key)
+        .where(batch.c.due_at <= now, record.c.spool.in_(spools), ~live, ~exists().where(held.c.spool == record.c.spool))
+        .order_by((batch.c.state == State.PENDING).desc(), batch.c.due_at, batch.c.id)
+        .limit(1)
+    )
+
+
+def batch_file_of(row: Row[Any]) -> BatchFile:
+    file = SpooledFile(row.path, row.style, row.basename, row.filename, identity_of(row))
+    return BatchFile(row.id, file, row.is_marker, row.digest, row.aside_name, row.is_gone)
+
+
+def _stored_object(row: Row[Any]) -> StoredObject:
+    return StoredObject(
+        row.bucket, row.key, row.size, row.content_type, row.etag, row.checksum_algorithm, row.checksum, row.version_id
+    )
+
+
+def _proof_columns(stored: StoredObject) -> dict[str, Any]:
+    return {
+        "size": stored.size, "content_type": stored.content_type, "etag": stored.etag,
+        "checksum_algorithm": stored.checksum_algorithm, "checksum": stored.checksum, "version_id": stored.version_id,
+    }  # fmt: skip

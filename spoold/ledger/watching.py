@@ -1,0 +1,212 @@
+"""What the watcher tells the ledger: what lies in the spool, what is complete, what went away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Row, and_, delete, func, insert, or_, select, update
+
+from spoold.ledger.database import Database, Transaction
+from spoold.ledger.schema import batch, batch_file, object_, record, sighting
+from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the ledger knows of a record: the files that its current batch answers for, and what else decides.
+
+    state: of the current batch, or None. has_original: an original of it is live in the bucket.
+    vetoed: fingerprint of a snapshot that did not decode. as_is: a person said to take it as it lies.
+    """
+
+    files: Mapping[str, Identity]
+    state: State | None
+    has_original: bool
+    sighted: str | None
+    vetoed: str | None
+    as_is: bool
+
+
+_UNKNOWN = Known({}, None, False, None, None, False)
+
+
+class Watching(Database):
+    """The verbs of the watcher."""
+
+    def known(self, spool: str, path: str) -> Known:
+        """Return what is known of the record at `path`."""
+        with self.read() as connection:
+            key = connection.execute(select(record.c.id).where(record.c.spool == spool, record.c.path == path)).scalar()
+            if key is None:
+                return _UNKNOWN
+            current = connection.execute(_current(key)).first()
+            files = {}
+            if current is not None:
+                rows = connection.execute(
+                    select(batch_file).where(batch_file.c.batch_id == current.id, batch_file.c.is_gone.is_(False))
+                )
+                files = {row.path: identity_of(row) for row in rows if row.aside_name is None}
+            originals = select(object_.c.id).where(object_.c.record_key == key, object_.c.style == ORIGINAL).limit(1)
+            seen = connection.execute(select(sighting).where(sighting.c.record_key == key)).first()
+            return Known(
+                files,
+                State(current.state) if current is not None else None,
+                connection.execute(originals).first() is not None,
+                seen.state if seen is not None else None,
+                seen.vetoed if seen is not None else None,
+                seen.as_is if seen is not None else False,
+            )
+
+    def see(self, spool: str, snapshot: Snapshot, waiting: Iterable[SpooledFile], *, state: str, reason: str) -> None:
+        """Write down that `waiting` of a record's files are not complete yet, and why.
+
+        state: "receiving" or "stalled". Told once each: looking again at the same thing is no news.
+        """
+        files = list(waiting)
+        with self.write() as change:
+            key, _ = self._record(change, spool, snapshot)
+            before = change.execute(select(sighting).where(sighting.c.record_key == key)).first()
+            size_bytes = sum(file.identity.size for file in files)
+            values = {"state": state, "reason": reason, "files": len(files), "bytes": size_bytes}
+            if before is None:
+                change.execute(insert(sighting), {"record_key": key, **values})
+            elif (before.state, before.reason, before.files, before.bytes) != tuple(values.values()):
+                change.execute(update(sighting).where(sighting.c.record_key == key).values(**values))
+            if before is None or before.state == "gone":
+                self._touched(change, key)
+                change.tell("record.seen", record_key=key, spool=spool, record=snapshot.record, files=len(files))
+            if state == "stalled" and (before is None or before.state != "stalled"):
+                self._touched(change, key)
+                change.tell("record.stalled", record_key=key, spool=spool, record=snapshot.record, detail=reason)
+
+    def offer(
+        self, spool: str, snapshot: Snapshot, files: Iterable[SpooledFile], *, decided_by: str, is_all: bool
+    ) -> int | None:
+        """Accept the complete files of a settled snapshot for upload; a batch that waited or ran before gives way to it.
+
+        is_all: nothing of the record is still incomplete. Returns the batch's id, or None if the current batch answers for
+        exactly these files already (another daemon was quicker).
+        """
+        files = list(files)
+        mark = fingerprint(files)
+        with self.write() as change:
+            key, version = self._record(change, spool, snapshot)
+            current = change.execute(_current(key)).first()
+            if is_all:
+                change.execute(delete(sighting).where(sighting.c.record_key == key))
+            if current is not None and current.fingerprint == mark:
+                return None
+            size_bytes = sum(file.identity.size for file in files)
+            row = {
+                "record_key": key, "state": State.PENDING, "fingerprint": mark, "decided_by": decided_by, "version": version,
+                "files": len(files), "bytes": size_bytes, "attempts": 0, "crashes": 0, "due_at": change.now,
+                "waiting_for": "attempt", "created_at": change.at,
+            }  # fmt: skip
+            new: int = change.execute(insert(batch).returning(batch.c.id), row).scalar_one()
+            members = files if snapshot.marker is None else [*files, snapshot.marker]
+            change.execute(insert(batch_file), [_file_row(new, file, file is snapshot.marker) for file in members])
+            self._touched(change, key)
+            change.tell(
+                "batch.settled", record_key=key, batch=new, spool=spool, record=snapshot.record,
+                files=len(files), size_bytes=size_bytes, decided_by=decided_by,
+            )  # fmt: skip
+            self._supersede(change, key, before=new)
+            return new
+
+    def nothing_waits(self, spool: str, path: str, *, is_empty: bool) -> None:
+        """Write down that nothing of a record is incomplete any more; if it is empty, what was not uploaded is gone."""
+        with self.write() as change:
+            row = change.execute(select(record.c.id).where(record.c.spool == spool, record.c.path == path)).first()
+            if row is None:
+                return
+            seen = change.execute(select(sighting.c.state).where(sighting.c.record_key == row.id)).scalar()
+            current = change.execute(_current(row.id)).first()
+            unfinished = current is not None and current.state in (State.PENDING, State.DEAD)
+            if not is_empty or (seen in (None, "gone") and not unfinished):
+                change.execute(delete(sighting).where(sighting.c.record_key == row.id, sighting.c.state != "gone"))
+                return
+            change.execute(delete(sighting).where(sighting.c.record_key == row.id))
+            change.execute(
+                insert(sighting),
+                {"record_key": row.id, "state": "gone", "reason": "the app removed it", "files": 0, "bytes": 0},
+            )
+            if unfinished:
+                self._supersede(change, row.id, before=None)
+            self._touched(change, row.id)
+            change.tell("record.gone", record_key=row.id, spool=spool, record=path)
+
+    def unfinished(self, spool: str) -> list[str]:
+        """Return the records that a sweep should have met: those not uploaded yet, as far as the ledger knows."""
+        live = or_(sighting.c.state.in_(("receiving", "stalled")), batch.c.id.is_not(None))
+        statement = (
+            select(record.c.path)
+            .outerjoin(sighting, sighting.c.record_key == record.c.id)
+            .outerjoin(batch, and_(batch.c.record_key == record.c.id, batch.c.state.in_((State.PENDING, State.DEAD))))
+            .where(record.c.spool == spool, live)
+            .distinct()
+        )
+        with self.read() as connection:
+            return list(connection.execute(statement).scalars())
+
+    def wanted_as_is(self, spool: str) -> list[str]:
+        """Return the incomplete records that a person wants taken as they lie."""
+        statement = (
+            select(record.c.path)
+            .join(sighting, sighting.c.record_key == record.c.id)
+            .where(record.c.spool == spool, sighting.c.as_is.is_(True), sighting.c.state != "gone")
+        )
+        with self.read() as connection:
+            return list(connection.execute(statement).scalars())
+
+    # Shared by the other verbs
+
+    def _record(self, change: Transaction, spool: str, snapshot: Snapshot) -> tuple[int, int]:
+        """Return the record's key and version; a row is made if there is none."""
+        row = change.execute(
+            select(record.c.id, record.c.version).where(record.c.spool == spool, record.c.path == snapshot.record)
+        ).first()
+        if row is not None:
+            return row.id, row.version
+        values = {
+            "spool": spool, "path": snapshot.record, "attachment": snapshot.attachment, "record_id": snapshot.record_id,
+            "version": 0, "fence": 0, "first_seen_at": change.at, "updated_at": change.at,
+        }  # fmt: skip
+        return change.execute(insert(record).returning(record.c.id), values).scalar_one(), 0
+
+    def _touched(self, change: Transaction, key: int) -> None:
+        change.execute(update(record).where(record.c.id == key).values(updated_at=change.at))
+
+    def _supersede(self, change: Transaction, key: int, *, before: int | None) -> None:
+        """Let the record's older batches give way. One with files set aside is still walked until these are let go."""
+        older = select(batch.c.id, batch.c.state).where(
+            batch.c.record_key == key,
+            batch.c.state.in_((State.PENDING, State.DEAD, State.STORED)),
+            batch.c.id < before if before is not None else batch.c.state != State.STORED,
+        )
+        for row in change.execute(older).all():
+            aside = select(func.count()).where(batch_file.c.batch_id == row.id, batch_file.c.aside_name.is_not(None))
+            has_aside = change.execute(aside).scalar_one() > 0
+            values = {"state": State.SUPERSEDED, "due_at": change.now if has_aside else None, "next_attempt_at": None}
+            change.execute(update(batch).where(batch.c.id == row.id).values(**values))
+            whose = change.execute(select(record.c.path, record.c.spool).where(record.c.id == key)).one()
+            change.tell("batch.superseded", record_key=key, batch=row.id, spool=whose.spool, record=whose.path)
+
+
+def identity_of(row: Row[tuple[object, ...]]) -> Identity:
+    return Identity(row.dev, row.ino, row.size, row.mtime_ns, row.ctime_ns)
+
+
+def _current(key: int):  # type: ignore[no-untyped-def]  # SQLAlchemy's own type spells out every column
+    return (
+        select(batch).where(batch.c.record_key == key, batch.c.state != State.SUPERSEDED).order_by(batch.c.id.desc()).limit(1)
+    )
+
+
+def _file_row(batch_id: int, file: SpooledFile, is_marker: bool) -> dict[str, object]:
+    identity = file.identity
+    return {
+        "batch_id": batch_id, "path": file.path, "style": file.style, "basename": file.basename, "filename": file.filename,
+        "dev": identity.dev, "ino": identity.ino, "size": identity.size, "mtime_ns": identity.mtime_ns,
+        "ctime_ns": identity.ctime_ns, "is_marker": is_marker, "is_gone": False,
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Logs as a product: one event, one line, stable keys; JSON for machines, colours for people at a terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any, TextIO
+
+import structlog
+
+_FIRST_KEYS = ("spool", "record", "batch", "path", "key", "style", "attempt", "files", "size_bytes", "elapsed_s", "due_in_s",
+               "error", "detail", "hint")  # fmt: skip
+
+
+def configure(*, format: str, level: str, stream: TextIO | None = None) -> None:
+    """Log to `stream`, standard output by default. format: "json" or "console"."""
+    stream = stream or sys.stdout
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _in_order,
+    ]
+    if format == "json":
+        renderer: Any = structlog.processors.JSONRenderer(ensure_ascii=False)
+    else:
+        colors = stream.isatty() and "NO_COLOR" not in os.environ
+        shared[1] = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
+        renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+    # What libraries have to say is for developers of spoold; watchdog's one useful warning has its own listener.
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def _in_order(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Put the keys in one order: when, how bad, what, then who and how much. What is empty says nothing."""
+    names = ["timestamp", "level", "event", *_FIRST_KEYS]
+    ordered = {name: event.pop(name) for name in names if name in event}
+    return {name: value for name, value in (ordered | event).items() if value not in (None, "")}

@@ -1,0 +1,161 @@
+"""Look at one record, decide what is complete, and tell the ledger: the one place where files become batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from spoold import container
+from spoold.clock import Ages
+from spoold.completeness import Rules, judge
+from spoold.errors import Changed, Refused, Vanished
+from spoold.ledger import Known, Ledger
+from spoold.model import Identity, Oddity, Snapshot, SpooledFile, State, Verdict, fingerprint
+from spoold.spool import Spool, is_open_for_writing
+
+log = structlog.get_logger()
+
+_MAX_BACK_OFF_S = 30.0
+_REMEMBERED_ODDITIES = 100_000
+UNDECODABLE = "an image in it does not decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """When to look at a record again: in so many seconds, or never unless something happens (None).
+
+    is_settling: it only waits for quiet; a run that ends when nothing is left waits for that.
+    """
+
+    in_s: float | None = None
+    is_settling: bool = False
+
+
+class Looker:
+    """Looks at records of one spool.
+
+    images: "ends" or "decode": a container must reach its end; "none": nobody looks. within_s: from then on an incomplete
+    record is stalled. on_offer: called when there is something new to upload.
+    """
+
+    def __init__(
+        self, *, spool: Spool, ledger: Ledger, rules: Rules, images: str, within_s: float, ages: Ages,
+        on_offer: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._spool = spool
+        self._ledger = ledger
+        self._rules = rules
+        self._images = images
+        self._within_s = within_s
+        self._ages = ages
+        self._on_offer = on_offer
+        self._reported: set[Oddity] = set()
+        self._reporting = threading.Lock()
+
+    def look(self, record: str) -> Next:
+        """Look at a record, offer what is complete, write down what is not, and say when to look again.
+
+        Raises SpoolBroken if the root is gone, and LedgerUnavailable.
+        """
+        known = self._ledger.known(self._spool.name, record)
+        snapshot = self._spool.look(record)
+        for oddity in snapshot.oddities:
+            self.report(oddity)
+        if all(known.files.get(file.path) == file.identity for file in snapshot.files):
+            unfinished = known.state in (State.PENDING, State.DEAD)
+            if known.sighted in ("receiving", "stalled") or (unfinished and not snapshot.files):
+                self._ledger.nothing_waits(self._spool.name, record, is_empty=not snapshot.files)
+            return Next()
+        judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
+        verdicts = [with_veto(self._spool, self._images, snapshot, verdict, as_is=known.as_is) for verdict in judged]
+        complete = {verdict.basename for verdict in verdicts if verdict.is_complete}
+        # What no key can be made for goes to its grave alone, so that it keeps nothing else from going up.
+        chosen = complete or {verdict.basename for verdict in verdicts if verdict.refused}
+        files = self._batch_files(snapshot, chosen, known)
+        if known.vetoed is not None and known.vetoed == fingerprint(files):
+            verdicts = [replace(verdict, vetoed_by="images", reason=UNDECODABLE) for verdict in verdicts]
+            chosen = set()
+        waiting = [verdict for verdict in verdicts if verdict.basename not in chosen and not verdict.refused]
+        if chosen:
+            deciders = {verdict.decided_by or "refused" for verdict in verdicts if verdict.basename in chosen}
+            decided_by = ",".join(sorted(deciders))
+            if self._ledger.offer(self._spool.name, snapshot, files, decided_by=decided_by, is_all=not waiting):
+                self._on_offer()
+        return self._wait_for(snapshot, waiting) if waiting else Next()
+
+    def report(self, oddity: Oddity) -> None:
+        """Say once that a path is none of our business, and why."""
+        with self._reporting:
+            if oddity in self._reported or len(self._reported) >= _REMEMBERED_ODDITIES:
+                return
+            self._reported.add(oddity)
+        path = oddity.path.encode("utf-8", "backslashreplace").decode()
+        log.warning("path.ignored", spool=self._spool.name, path=path, detail=oddity.reason)
+
+    def _batch_files(self, snapshot: Snapshot, chosen: set[str], known: Known) -> list[SpooledFile]:
+        """All files of the chosen basenames, and those that the batch which gives way answered for."""
+        return [
+            file for file in snapshot.files
+            if file.basename in chosen or known.files.get(file.path) == file.identity
+        ]  # fmt: skip
+
+    def _wait_for(self, snapshot: Snapshot, waiting: list[Verdict]) -> Next:
+        files = [file for verdict in waiting for file in _of(snapshot, verdict)]
+        everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
+        age_s = min(self._ages.age_s(file.identity) for file in everything)
+        is_stalled = age_s >= self._within_s
+        is_settling = any(verdict.vetoed_by == "quiet" for verdict in waiting)
+        # How long it has been quiet changes with every look: no news for the ledger.
+        reasons = "; ".join(f"{verdict.basename}: {verdict.reason}" for verdict in waiting if verdict.vetoed_by != "quiet")
+        self._ledger.see(
+            self._spool.name, snapshot, files, state="stalled" if is_stalled else "receiving",
+            reason=reasons or "it is still changing",
+        )  # fmt: skip
+        if is_settling:
+            return Next(max(0.01, self._rules.settle_s - age_s), is_settling=True)
+        if any(verdict.vetoed_by for verdict in waiting):
+            return Next(min(_MAX_BACK_OFF_S, max(self._rules.settle_s, 0.2, age_s / 2)))
+        return Next(None if is_stalled else max(0.01, self._within_s - age_s))
+
+
+def verdicts_of(
+    spool: Spool, rules: Rules, snapshot: Snapshot, known: Known, *, age_s: Callable[[Identity], float]
+) -> list[Verdict]:
+    """Return the verdicts that need no file to be opened; a basename with a file that can have no key is refused."""
+    verdicts = judge(snapshot, rules, known=known.files, has_original=known.has_original, age_s=age_s, as_is=known.as_is)
+    refusals = {
+        verdict.basename: next((why for file in _of(snapshot, verdict) if (why := spool.refusal(file))), None)
+        for verdict in verdicts
+    }
+    return [
+        verdict if (reason := refusals[verdict.basename]) is None else replace(verdict, refused=True, reason=reason)
+        for verdict in verdicts
+    ]
+
+
+def with_veto(spool: Spool, images: str, snapshot: Snapshot, verdict: Verdict, *, as_is: bool = False) -> Verdict:
+    """Open the files of a basename that would be complete: is each image whole, does nobody write? Return what holds then."""
+    if not verdict.is_complete:
+        return verdict
+    for file in _of(snapshot, verdict):
+        veto: tuple[str, str] | None = None
+        try:
+            with spool.opened(file) as fd:
+                if images != "none" and not as_is and (why := container.unfinished(fd, file.filename)):
+                    veto = "images", f"{file.style}/{file.filename}: {why}"
+                elif is_open_for_writing(fd):
+                    veto = "lease", f"{file.style}/{file.filename} is open for writing"
+        except (Changed, Vanished) as gone:
+            veto = "quiet", str(gone)
+        except Refused as refused:
+            veto = "lease", str(refused)
+        if veto is not None:
+            return replace(verdict, vetoed_by=veto[0], reason=veto[1])
+    return verdict
+
+
+def _of(snapshot: Snapshot, verdict: Verdict) -> list[SpooledFile]:
+    return [file for file in snapshot.files if file.basename == verdict.basename]

@@ -1,0 +1,70 @@
+"""Who this daemon is, and whether another one on this machine still lives.
+
+Each daemon holds a lock on a file of its own for as long as it lives; the kernel lets go of it however the process ends.
+So nobody has to wait for the claims of a daemon that was killed to run out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import uuid
+from pathlib import Path
+
+from spoold.clock import Clock
+from spoold.errors import ClaimLost
+
+LEASE_S = 30.0
+"""How long a claim lasts unless it is renewed."""
+
+
+class Owner:
+    """Proof of life: a name for claims, a lock that dies with us, and how long our claims surely last.
+
+    directory: for the lock files; made if it is not there.
+    """
+
+    def __init__(self, directory: Path, *, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._host = platform.node() or "localhost"
+        self.name = f"{self._host}:{uuid.uuid4()}"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path = directory / self.name
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._sure_until = clock.monotonic() + LEASE_S
+
+    def renewed(self, asked_at: float) -> None:
+        """Our claims were renewed by a request that began at `asked_at`, monotonic seconds."""
+        self._sure_until = asked_at + LEASE_S
+
+    def demand(self) -> None:
+        """Raise ClaimLost if our claims may have run out: we were frozen, or the ledger did not answer."""
+        if self._clock.monotonic() > self._sure_until - LEASE_S / 4:
+            raise ClaimLost("the claim may have run out: this daemon was stopped, or could not reach the ledger")
+
+    def is_dead(self, name: str) -> bool:
+        """Say whether the daemon of this name is known to be dead; one on another host never is."""
+        if name == self.name or not name.startswith(f"{self._host}:") or "/" in name:
+            return False
+        try:
+            fd = os.open(self._directory / name, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def forget(self, name: str) -> None:
+        """Remove the lock file of a daemon that is dead."""
+        (self._directory / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)

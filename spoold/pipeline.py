@@ -1,0 +1,154 @@
+"""One batch, start to finish, and what to do with each kind of fault."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spoold import styles
+from spoold.cleanup import Cleaner, Missing
+from spoold.clock import Clock
+from spoold.errors import (
+    Draining,
+    GaveUp,
+    Halt,
+    LedgerUnavailable,
+    Refused,
+    SpooldError,
+    Stale,
+    StoreUnavailable,
+    Transient,
+    Unfinished,
+)
+from spoold.holds import Holds
+from spoold.ledger import Ledger
+from spoold.model import Answer, Claim, Outcome, PutResult, State
+from spoold.spool import Spool, fault_of
+from spoold.uploader import Uploader
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How a batch that failed waits: initial_s, doubling, max_s at most; give_up_after attempts it is dead (0: never)."""
+
+    initial_s: float
+    max_s: float
+    give_up_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What works on one spool.
+
+    replaced_after_s: how long keys outlive a newer original; None keeps them. decodes: every pixel must decode.
+    touch: has the watcher look at a record again.
+    """
+
+    spool: Spool
+    uploader: Uploader
+    cleaner: Cleaner
+    replaced_after_s: float | None
+    decodes: bool
+    touch: Callable[[str], None]
+
+
+class Pipeline:
+    """Walks claimed batches, in whatever thread calls it."""
+
+    def __init__(self, *, ledger: Ledger, parts: dict[str, Parts], holds: Holds, retry: Retry, clock: Clock) -> None:
+        self._ledger = ledger
+        self._parts = parts
+        self._holds = holds
+        self._retry = retry
+        self._clock = clock
+
+    def walk(self, claim: Claim) -> Outcome:
+        """Take one claimed batch as far as it will go, and write down how far that was.
+
+        Raises LedgerUnavailable, and then the claim is still ours.
+        """
+        batch, parts = claim.batch, self._parts[claim.batch.spool]
+        try:
+            if batch.state is State.PENDING:
+                claim = self._upload(claim, parts)  # every file in the bucket, proven; written down durably
+            if due := parts.cleaner.clear(claim):  # only now may the disk forget; not before min_age, keep_for, grace
+                self._ledger.come_back(claim, self._clock.now() + due.in_s, due.waiting_for)
+                return Outcome.WAITING
+            due = parts.cleaner.prune(claim)
+            self._ledger.done(claim, self._clock.now() + due.in_s if due else None)
+            return Outcome.DONE
+        except LedgerUnavailable:
+            raise
+        except OSError as error:
+            return self._answer(claim, parts, fault_of(error, "walk", batch.record))
+        except SpooldError as fault:
+            return self._answer(claim, parts, fault)
+
+    def _upload(self, claim: Claim, parts: Parts) -> Claim:
+        began = self._clock.monotonic()
+        if parts.decodes:
+            self._demand_whole_images(claim, parts.spool)
+        puts = parts.uploader.prepare(claim.batch, fingerprint=self._ledger.live_fingerprint(claim))
+        for marker in (file for file in claim.batch.files if file.is_marker and not file.is_gone):
+            self._ledger.mark_hashed(claim, marker, parts.uploader.hash(marker).sha256)
+        puts = self._ledger.intend(claim, puts)
+        results = parts.uploader.put(puts, on_upload=lambda put, upload: self._ledger.note_upload(put.intent, upload))
+        self._ledger.answered(results)
+        _raise_worst(results)
+        elapsed_s = self._clock.monotonic() - began
+        return self._ledger.stored(claim, results, replaced_after_s=parts.replaced_after_s, elapsed_s=elapsed_s)
+
+    def _demand_whole_images(self, claim: Claim, spool: Spool) -> None:
+        """Raise Unfinished if an image does not decode. A batch taken as it lies is not asked."""
+        if self._ledger.was_taken_as_is(claim):
+            return
+        for file in claim.batch.uploads:
+            with spool.opened(file.file) as fd:
+                if reason := styles.undecodable(fd):
+                    raise Unfinished(f"decode {file.file.path}: {reason}")
+
+    def _answer(self, claim: Claim, parts: Parts, fault: SpooldError) -> Outcome:
+        """Turn a fault into what the daemon does next."""
+        match fault:
+            case Draining():
+                self._ledger.put_back(claim)
+                return Outcome.WAITING
+            case Missing():
+                self._ledger.reopen(claim, fault.keys, fault)
+                return Outcome.DEFERRED
+            case Stale():
+                self._ledger.withdraw(claim, fault, vetoed=isinstance(fault, Unfinished))
+                parts.touch(claim.batch.record)
+                return Outcome.STALE
+            case Halt() | StoreUnavailable() if self._holds.is_down(claim.batch.spool, fault):
+                self._ledger.put_back(claim)
+                return Outcome.HELD
+            case Refused() if claim.batch.state is State.PENDING:
+                self._ledger.bury(claim, fault)
+                return Outcome.DEAD
+        attempt = claim.batch.attempts + 1
+        if claim.batch.state is State.PENDING and 0 < self._retry.give_up_after <= attempt:
+            hint = f"{fault.hint + '; ' if fault.hint else ''}then: spoold retry {claim.batch.record}"
+            self._ledger.bury(claim, GaveUp(f"{attempt} attempts failed, the last: {fault}", hint=hint))
+            return Outcome.DEAD
+        self._ledger.defer(claim, fault, self._back_off_s(attempt, getattr(fault, "retry_after_s", None)))
+        return Outcome.DEFERRED
+
+    def _back_off_s(self, attempt: int, asked_s: float | None) -> float:
+        """Exponential, with jitter, so that what failed together does not come back together."""
+        wait_s = min(self._retry.max_s, self._retry.initial_s * 2.0 ** min(attempt - 1, 30))
+        return max(wait_s * random.uniform(0.8, 1.2), min(asked_s or 0.0, self._retry.max_s))
+
+
+def _raise_worst(results: list[PutResult]) -> None:
+    """Raise the fault that decides what becomes of the batch, if any of its PUTs was not confirmed."""
+    faults = [result.error for result in results if result.answer is not Answer.CONFIRMED]
+    for family in (Halt, Refused, StoreUnavailable, Transient):
+        for fault in faults:
+            if isinstance(fault, family):
+                raise fault
+    # What moved on comes before what was only not sent because of it.
+    for fault in sorted(faults, key=lambda fault: isinstance(fault, Draining)):
+        assert fault is not None, "what is not confirmed says why"
+        raise fault

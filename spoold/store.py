@@ -1,0 +1,569 @@
+"""The bucket as a few verbs; botocore's errors become ours. The only home of boto3.
+
+Nothing is retried here: one request, one answer, and whoever called decides what follows (FACTS 24). boto3 is imported
+by the first request, because it takes a third of a second that `spoold status` would wait for.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from spoold.digest import FULL_OBJECT, Digester, checksum_of
+from spoold.errors import Changed, ObjectRefused, SpooldError, StoreDenied, StoreUnavailable, Unproven
+from spoold.model import Digests, Headers, StoredObject
+
+_CHECKSUM_FIELD = {
+    "crc32": "ChecksumCRC32",
+    "crc32c": "ChecksumCRC32C",
+    "crc64nvme": "ChecksumCRC64NVME",
+    "sha256": "ChecksumSHA256",
+}
+_MD5 = re.compile("[0-9a-f]{32}")
+_CHUNK_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 20
+
+
+class Store:
+    """Puts, looks up, reads and deletes objects; safe to share between threads.
+
+    region, profile: None leaves them to boto3's own chain, as credentials always are. connections: kept alive at most.
+    Every verb raises StoreUnavailable (later; it may have been carried out unless `never_sent`), StoreDenied (nothing
+    will work until somebody acts) or Unproven (something answered, but not as S3 does).
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        profile: str | None = None,
+        addressing_style: str = "auto",
+        checksum: str = "crc32",
+        connections: int = 16,
+        connect_timeout_s: float = 10,
+        read_timeout_s: float = 60,
+    ) -> None:
+        self._endpoint_url = endpoint_url
+        self._session_settings = {"region_name": region, "profile_name": profile}
+        self._checksum = checksum
+        self._client_settings = {
+            "s3": {"addressing_style": addressing_style},
+            "max_pool_connections": connections,
+            "connect_timeout": connect_timeout_s,
+            "read_timeout": read_timeout_s,
+            "retries": {"total_max_attempts": 1},
+            "tcp_keepalive": True,
+            # Else botocore adds trailing checksums of its own, which R2, B2 and older Ceph refuse (FACTS 25).
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+        self._client: Any = None
+        self._lock = threading.Lock()
+
+    # Verbs
+
+    def put(self, bucket: str, key: str, body: bytes, headers: Headers, digests: Digests) -> StoredObject:
+        """Store `body`, whose digests are `digests`, and return what the server confirmed.
+
+        Raises ObjectRefused and StoreDenied only if nothing was stored. Unproven is raised for what may be there: the
+        answer, or the object when it was read back, does not match (contract, section 6, rule 5).
+        """
+        what = f"put {key}"
+        with self._asking(what) as client:
+            answer = client.put_object(Bucket=bucket, Key=key, Body=body, **_kept_with_it(headers), **_to_be_verified(digests))
+            _demand(what, answer, "ETag")
+        stored = _stored(bucket, key, digests.size, headers.content_type, answer, digests.checksum_algorithm)
+        is_confirmed = confirms(stored if _has_md5_etag(answer) else replace(stored, etag=""), digests)
+        if is_confirmed is False:
+            raise Unproven(f"{what}: {stored.checksum_algorithm} {stored.checksum} came back for {digests.checksum}")
+        if is_confirmed is None:
+            self._read_back(what, stored, digests)
+        return stored
+
+    def put_parts(
+        self,
+        bucket: str,
+        key: str,
+        parts: Iterable[bytes],
+        headers: Headers,
+        digests: Digests,
+        *,
+        on_upload: Callable[[str], None],
+    ) -> StoredObject:
+        """Store what `parts` yields as one object, one part after the other, and return what the server confirmed.
+
+        parts: of 5 MiB or more each, but the last; at most 10,000. on_upload: is given the upload's id and must return
+        before the first part is sent, so that a crash leaves nothing that cannot be aborted.
+        Raises as `put` does, Changed if the parts together are not what `digests` tells, and whatever `parts` and
+        `on_upload` raise; in all these cases the upload is aborted if the server can be reached. No object comes to be
+        before all parts are there, so StoreUnavailable is `never_sent` until then.
+        """
+        what = f"put {key}"
+        upload_id: str | None = None
+        try:
+            try:
+                upload_id = self._begin(what, bucket, key, headers, digests.checksum_algorithm)
+                on_upload(upload_id)
+                sent = self._send(what, bucket, key, upload_id, parts, digests)
+            except StoreUnavailable as error:
+                error.never_sent = True
+                raise
+            answer = self._complete(what, bucket, key, upload_id, sent, digests)
+        except BaseException:
+            if upload_id is not None:
+                with contextlib.suppress(SpooldError):
+                    self.abort(bucket, key, upload_id)
+            raise
+        stored = _stored(bucket, key, digests.size, headers.content_type, answer, digests.checksum_algorithm)
+        if not (confirms(stored, digests) or _confirms_parts(stored, [part for _, part in sent])):
+            self._read_back(what, stored, digests)
+        return stored
+
+    def head(self, bucket: str, key: str) -> StoredObject | None:
+        """Return what the server says of a key, or None if there is nothing (or no bucket: HEAD cannot tell)."""
+        what = f"head {key}"
+        mode = {} if self._checksum == "none" else {"ChecksumMode": "ENABLED"}
+        with self._asking(what) as client:
+            answer = _unless({"404"}, client.head_object, Bucket=bucket, Key=key, **mode)
+        if answer is None:
+            return None
+        _demand(what, answer, "ETag", "ContentLength")
+        return _stored(bucket, key, answer["ContentLength"], answer.get("ContentType", ""), answer, self._checksum)
+
+    def digest(self, bucket: str, key: str, *, version_id: str | None = None) -> Digests | None:
+        """Read an object to its end and return its digests, or None if it is not there."""
+        what = f"get {key}"
+        version = {"VersionId": version_id} if version_id else {}
+        digester = Digester(self._checksum)
+        with self._asking(what) as client:
+            answer = _unless({"NoSuchKey", "NoSuchVersion"}, client.get_object, Bucket=bucket, Key=key, **version)
+            if answer is None:
+                return None
+            with contextlib.closing(answer["Body"]) as body:
+                _demand(what, answer, "ETag")
+                for chunk in body.iter_chunks(_CHUNK_BYTES):
+                    digester.update(chunk)
+        return digester.digests()
+
+    def delete(self, bucket: str, key: str) -> None:
+        """Delete a key; that it is not there is fine too."""
+        what = f"delete {key}"
+        with self._asking(what) as client:
+            _unless({"NoSuchKey"}, client.delete_object, Bucket=bucket, Key=key)
+
+    def abort(self, bucket: str, key: str, upload_id: str) -> None:
+        """Give up a multipart upload; that it is unknown, aborted or complete is fine too."""
+        what = f"abort {key}"
+        with self._asking(what) as client:
+            upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+            _unless({"NoSuchUpload"}, client.abort_multipart_upload, **upload)
+
+    def probe(self, bucket: str, key: str, headers: Headers) -> None:
+        """Put an empty object and delete it: does the destination take what this configuration writes?
+
+        Raises what `put` raises; that it could not be deleted is no matter.
+        """
+        self.put(bucket, key, b"", headers, Digester(self._checksum).digests())
+        with contextlib.suppress(SpooldError):
+            self.delete(bucket, key)
+
+    # The connection
+
+    def connect(self) -> Any:
+        """Return the client; the first call makes it, reading profile and credentials."""
+        with self._lock:
+            if self._client is None:
+                import boto3
+                from botocore.config import Config
+                from botocore.exceptions import BotoCoreError
+
+                try:
+                    client = boto3.session.Session(**self._session_settings).client(
+                        "s3", endpoint_url=self._endpoint_url, config=Config(**self._client_settings)
+                    )
+                except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
+                    hint = "look at s3.endpoint_url, s3.region, s3.profile and the credentials"
+                    raise StoreDenied(f"connect: {_safe(error)}", hint=hint) from error
+                client.meta.events.register_last("before-call.s3", _send_small_bodies_at_once)
+                # A wildcard's handlers come first, before those that send again.
+                client.meta.events.register("needs-retry.s3.*", _refuse_pages)
+                client.meta.events.register("needs-retry.s3.*", _stay_unless_told_where_to_go)
+                self._client = client
+            return self._client
+
+    def close(self) -> None:
+        """Close idle connections; a later verb would open new ones."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[Any]:
+        """Yield the client, and turn what botocore raises into ours. what: "verb key", how the message begins."""
+        client = self.connect()
+        try:
+            yield client
+        except Exception as error:
+            fault = _fault(what, error)
+            if fault is None:
+                raise
+            if isinstance(fault, StoreDenied):
+                # A client keeps the credentials it was made with: with a new one the next try sees them corrected, and
+                # a held spool recovers by itself. Not closed: other threads may be using it.
+                with self._lock:
+                    self._client = None if self._client is client else self._client
+            raise fault from error
+
+    # Parts
+
+    def _begin(self, what: str, bucket: str, key: str, headers: Headers, algorithm: str) -> str:
+        checksum = {} if algorithm == "none" else {"ChecksumAlgorithm": algorithm.upper(), **_checksum_type(algorithm)}
+        with self._asking(what) as client:
+            answer = client.create_multipart_upload(Bucket=bucket, Key=key, **_kept_with_it(headers), **checksum)
+            _demand(what, answer, "UploadId")
+        return str(answer["UploadId"])
+
+    def _send(
+        self, what: str, bucket: str, key: str, upload_id: str, parts: Iterable[bytes], digests: Digests
+    ) -> list[tuple[str, Digests]]:
+        """Send the parts and return the ETag and the digests of each."""
+        sent: list[tuple[str, Digests]] = []
+        whole = hashlib.sha256()
+        for number, part in enumerate(parts, start=1):
+            whole.update(part)
+            digester = Digester(digests.checksum_algorithm)
+            digester.update(part)
+            part_digests = digester.digests()
+            upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id, "PartNumber": number}
+            with self._asking(what) as client:
+                answer = client.upload_part(**upload, Body=part, **_to_be_verified(part_digests))
+                _demand(what, answer, "ETag")
+            sent.append((answer["ETag"], part_digests))
+        if whole.hexdigest() != digests.sha256:
+            # The parts' ETags would prove that the wrong bytes arrived well.
+            raise Changed(f"{what}: the parts are not the content that was hashed")
+        return sent
+
+    def _complete(
+        self, what: str, bucket: str, key: str, upload_id: str, sent: list[tuple[str, Digests]], digests: Digests
+    ) -> dict[str, Any]:
+        algorithm = digests.checksum_algorithm
+        field = _CHECKSUM_FIELD.get(algorithm)
+        listed = [
+            {"PartNumber": number, "ETag": etag} | ({field: part.checksum} if field else {})
+            for number, (etag, part) in enumerate(sent, start=1)
+        ]
+        whole = {} if field is None else _checksum_type(algorithm)
+        if field and algorithm in FULL_OBJECT:
+            whole[field] = digests.checksum
+        with self._asking(what) as client:
+            answer: dict[str, Any] = client.complete_multipart_upload(
+                Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": listed}, **whole
+            )
+            _demand(what, answer, "ETag")
+        return answer
+
+    # Proof
+
+    def _read_back(self, what: str, stored: StoredObject, digests: Digests) -> None:
+        """Compare the object itself, because nothing in the answer can be compared.
+
+        All its faults are Unproven: the PUT was answered, and neither "denied" nor "never sent" is true of it.
+        """
+        try:
+            found = self.digest(stored.bucket, stored.key, version_id=stored.version_id)
+        except SpooldError as error:
+            raise Unproven(f"{what}: no comparable digest came back, then {error}", hint=error.hint) from error
+        if found is None or found.sha256 != digests.sha256:
+            there = "nothing" if found is None else f"other content ({found.size} of {digests.size} bytes)"
+            raise Unproven(f"{what}: confirmed, but {there} was read back")
+
+
+def confirms(stored: StoredObject, digests: Digests) -> bool | None:
+    """Say whether what the server told of an object is `digests`: True, False, or None if that cannot be told from it.
+
+    A differing ETag makes None, not False, even beside an equal checksum: it may be that of a KMS-encrypted object,
+    which is no MD5 but looks like one, or the checksum may be one that the server only repeats, as rclone's HEAD does.
+    Read the object back then.
+    """
+    if stored.size != digests.size:
+        return False
+    is_comparable = stored.checksum is not None and stored.checksum_algorithm == digests.checksum_algorithm
+    if is_comparable and "-" not in str(stored.checksum) and stored.checksum != digests.checksum:
+        return False
+    if _MD5.fullmatch(stored.etag):
+        return True if stored.etag == digests.md5 else None
+    return True if is_comparable and stored.checksum == digests.checksum else None
+
+
+def _confirms_parts(stored: StoredObject, parts: list[Digests]) -> bool:
+    """Say whether the ETag or the checksum is the one that S3 makes of these parts' own."""
+    md5s = b"".join(bytes.fromhex(part.md5) for part in parts)
+    if stored.etag == f"{hashlib.md5(md5s, usedforsecurity=False).hexdigest()}-{len(parts)}":
+        return True
+    algorithm = stored.checksum_algorithm
+    if algorithm is None or algorithm not in {part.checksum_algorithm for part in parts}:
+        return False
+    checksums = b"".join(base64.b64decode(part.checksum) for part in parts)
+    return stored.checksum == f"{checksum_of(checksums, algorithm)}-{len(parts)}"
+
+
+def _stored(bucket: str, key: str, size: int, content_type: str, answer: dict[str, Any], algorithm: str) -> StoredObject:
+    """Return what `answer` confirms, with its checksum by `algorithm`, else by any other."""
+    checksums = {name: answer[field] for name, field in _CHECKSUM_FIELD.items() if answer.get(field)}
+    if answer.get("ChecksumType") == "COMPOSITE":  # moto leaves the "-N" away, which makes it look like the whole's
+        checksums = {name: checksum for name, checksum in checksums.items() if "-" in checksum}
+    found = algorithm if algorithm in checksums else next(iter(checksums), None)
+    return StoredObject(
+        bucket=bucket,
+        key=key,
+        size=size,
+        content_type=content_type,
+        etag=answer["ETag"].strip('"'),
+        checksum_algorithm=found,
+        checksum=checksums[found] if found else None,
+        version_id=answer.get("VersionId"),
+    )
+
+
+def _has_md5_etag(answer: dict[str, Any]) -> bool:
+    """Source: S3 API, Object: the ETag of an object encrypted with KMS or a customer's key is no MD5."""
+    is_kms = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    return not is_kms and "SSECustomerAlgorithm" not in answer
+
+
+# What is sent
+
+
+def _kept_with_it(headers: Headers) -> dict[str, Any]:
+    """Return `headers` by botocore's names; what is not set is not sent."""
+    fields = {
+        "ContentType": headers.content_type,
+        "ACL": headers.acl,
+        "CacheControl": headers.cache_control,
+        "StorageClass": headers.storage_class,
+        "ServerSideEncryption": headers.server_side_encryption,
+        "Tagging": urlencode(headers.tags, quote_via=quote),
+        "Metadata": dict(headers.metadata),
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _to_be_verified(digests: Digests) -> dict[str, str]:
+    """Return the one digest that the server shall verify: R2 refuses two, and old servers know but MD5."""
+    field = _CHECKSUM_FIELD.get(digests.checksum_algorithm)
+    if field is not None:
+        return {field: digests.checksum}
+    return {"ContentMD5": base64.b64encode(bytes.fromhex(digests.md5)).decode("ascii")}
+
+
+def _checksum_type(algorithm: str) -> dict[str, str]:
+    return {"ChecksumType": "FULL_OBJECT" if algorithm in FULL_OBJECT else "COMPOSITE"}
+
+
+def _send_small_bodies_at_once(params: dict[str, Any], **_: object) -> None:
+    # botocore asks "Expect: 100-continue" before every body: one more round trip for each small object, and a whole
+    # second with servers that do not answer it.
+    body: Any = params.get("body")
+    if hasattr(body, "getbuffer") and body.getbuffer().nbytes <= _SMALL_BYTES:
+        params["headers"].pop("Expect", None)
+
+
+# What comes back
+
+
+def _refuse_pages(response: Any, operation: Any, **_: object) -> None:
+    # Of a login page with status 200 botocore makes {}, which is all that DELETE answers, or a 500 if it is no XML.
+    # Only the raw answer still has its status.
+    if response is None or response[0].raw.status != 200 or operation.http["method"] in ("GET", "HEAD"):
+        return
+    is_html = "html" in response[0].headers.get("content-type", "") and response[0].content
+    if is_html or response[1].get("Error", {}).get("Code", "").isdigit():
+        from botocore.parsers import ResponseParserError
+
+        raise ResponseParserError("a page")
+
+
+def _stay_unless_told_where_to_go(request_dict: dict[str, Any], response: Any, **_: object) -> None:
+    # A redirect that names no region makes botocore ask HEAD for it, whose redirect makes it ask again, until the stack
+    # is full: 82 requests for one PUT behind a login page (botocore 1.44.5, November 2026).
+    if response is None:
+        return
+    is_told = "x-amz-bucket-region" in response[1]["ResponseMetadata"].get("HTTPHeaders", {})
+    if not is_told and "Region" not in response[1].get("Error", {}):
+        request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+_SOMETHING_ELSE = "something else than S3 answered: look for a proxy or a login page, and at s3.endpoint_url"
+_CREDENTIALS = "renew the credentials; they are read again at the next try"
+_REGION = "the bucket is in another region: set s3.region"
+_PROVIDER = "look at the account with the provider"
+_CLOCK = "this machine's clock is wrong: let NTP set it"
+_BUCKET = "create the bucket, or correct its name"
+_UNKNOWN_WISH = "the server does not know one of the settings below object, or try s3.checksum: none"
+
+_DENIED = {
+    "AccessControlListNotSupported": "the bucket refuses ACLs (BucketOwnerEnforced): set object.acl: null",
+    "AccountProblem": _PROVIDER,
+    "AllAccessDisabled": _PROVIDER,
+    "AuthorizationHeaderMalformed": _REGION,
+    "ExpiredToken": _CREDENTIALS,
+    "IllegalLocationConstraintException": _REGION,
+    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidBucketName": _BUCKET,
+    "InvalidSecurity": _CREDENTIALS,
+    "InvalidToken": _CREDENTIALS,
+    "MethodNotAllowed": _SOMETHING_ELSE,
+    "NoSuchBucket": _BUCKET,
+    "NotSignedUp": _PROVIDER,
+    "PermanentRedirect": _REGION,
+    "RequestExpired": _CLOCK,
+    "RequestTimeTooSkewed": _CLOCK,
+    "SignatureDoesNotMatch": "the secret key is wrong, or a proxy changes what is sent",
+    "TokenRefreshRequired": _CREDENTIALS,
+}
+_PERMISSIONS = {
+    "put": "s3:PutObject, and s3:PutObjectAcl or s3:PutObjectTagging where those are set",
+    "head": "s3:GetObject, and s3:ListBucket, without which a missing key is denied",
+    "get": "s3:GetObject",
+    "delete": "s3:DeleteObject",
+    "abort": "s3:AbortMultipartUpload",
+}
+_DAMAGED = {
+    "BadDigest",
+    "IncompleteBody",
+    "InvalidDigest",
+    "InvalidPart",
+    "NoSuchUpload",  # somebody aborted it under us: from the beginning, then
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+_REFUSED = {
+    "EntityTooLarge": "more than the server takes in one request: lower upload.multipart_threshold",
+    "InvalidRequest": _UNKNOWN_WISH,
+    "InvalidStorageClass": "correct object.storage_class",
+    "InvalidTag": "correct object.tags",
+    "KeyTooLongError": "a key has at most 1024 bytes",
+    "MetadataTooLarge": "object.metadata may have 2 KB",
+    "NotImplemented": _UNKNOWN_WISH,
+}
+_OURS = ("Object", "MultipartUpload", "UploadPart")
+"""How the names of our operations end; others are botocore's own, when it asks STS or SSO for credentials."""
+
+
+def _demand(what: str, answer: dict[str, Any], *fields: str) -> None:
+    """Raise Unproven unless `answer` has what S3 never leaves away: botocore makes {} of a login page (FACTS 23)."""
+    for field in fields:
+        if not str(answer.get(field, "")).strip('"'):
+            status = answer["ResponseMetadata"]["HTTPStatusCode"]
+            raise Unproven(f"{what}: {status} without {field} proves nothing", hint=_SOMETHING_ELSE)
+
+
+def _unless(codes: set[str], operation: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any] | None:
+    """Return the operation's answer, or None if it is an error with one of these codes."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return operation(**parameters)
+    except ClientError as error:
+        if error.response["Error"].get("Code") in codes:
+            return None
+        raise
+
+
+def _fault(what: str, error: Exception) -> SpooldError | None:
+    """Return the fault of ours that `error` is; None if it is no fault of the store."""
+    import urllib3.exceptions
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+
+    unknown_name = (urllib3.exceptions.NameResolutionError, socket.gaierror)
+    never_sent = (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyConnectionError)
+    cause = getattr(error, "kwargs", {}).get("error")
+    because = f"{what}: {type(error).__name__}" + (f" ({_last_words(cause)})" if cause else "")
+    match error:
+        case exceptions.ClientError():
+            return _answered(what, error)
+        case ResponseParserError():
+            return Unproven(f"{what}: the answer is not XML as S3 writes it", hint=_SOMETHING_ELSE)
+        case exceptions.EndpointConnectionError() if isinstance(cause, unknown_name):
+            return StoreDenied(because, hint="look at s3.endpoint_url and s3.region, and at this machine's DNS")
+        case exceptions.SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(cause):
+            return StoreDenied(because, hint="make the server's CA known (AWS_CA_BUNDLE), or renew its certificate")
+        case exceptions.ParamValidationError():
+            report = str(error.kwargs.get("report"))
+            if "bucket" in report.lower():
+                return StoreDenied(f"{what}: {report}", hint=_BUCKET)
+            return ObjectRefused(f"{what}: {report}")
+        case exceptions.ConnectionError() | exceptions.HTTPClientError() | exceptions.IncompleteReadError():
+            return StoreUnavailable(because, never_sent=isinstance(error, never_sent))
+        case urllib3.exceptions.HTTPError():
+            return StoreUnavailable(because)
+        case exceptions.BotoCoreError():  # the rest is about profile, region and credentials
+            hint = "give boto3 credentials: environment, ~/.aws/credentials, s3.profile, or the machine's role"
+            return StoreDenied(f"{what}: {_safe(error)}", hint=hint)
+    return None
+
+
+def _answered(what: str, error: Any) -> SpooldError:
+    """Return the fault that an answer of the server's is, by its code, else by its status."""
+    metadata = error.response["ResponseMetadata"]
+    status = int(metadata["HTTPStatusCode"])
+    code = str(error.response["Error"].get("Code") or status)
+    is_ours = error.operation_name.endswith(_OURS)  # else ours was never sent
+    is_s3s = not code.isdigit()  # else there was no S3 error document: a HEAD, or not S3
+    says = code if is_s3s else http.client.responses.get(status, "")
+    because = f"{what}: {status} {says}" if is_ours else f"{what}: {error.operation_name}: {status} {says}"
+    if code in _DAMAGED:
+        return Unproven(because)
+    if code in _DENIED:
+        return StoreDenied(because, hint=_DENIED[code])
+    is_busy = status in (307, 408, 409, 429) or (status >= 500 and status != 501)
+    if is_busy or code == "RequestTimeout" or "Throttl" in code:  # both can come with 400
+        retry_after_s = _retry_after_s(metadata.get("HTTPHeaders", {}))
+        return StoreUnavailable(because, retry_after_s=retry_after_s, never_sent=not is_ours)
+    if status in (401, 403):
+        needs = _PERMISSIONS.get(what.split(" ", 1)[0], "")
+        return StoreDenied(because, hint=f"the credentials need {needs}" if is_ours else _CREDENTIALS)
+    if status in (301, 400) and what.startswith("head "):
+        return StoreDenied(because, hint=f"HEAD gives no reason: {_CREDENTIALS}; or {_REGION}")
+    if code.startswith("KMS."):
+        return StoreDenied(because, hint="look at the bucket's KMS key and who may use it")
+    if not is_ours or status < 400 or status in (404, 405) or (not is_s3s and status != 413):
+        return StoreDenied(because, hint=_SOMETHING_ELSE if is_ours else _CREDENTIALS)
+    message = str(error.response["Error"].get("Message", ""))[:200]
+    return ObjectRefused(f"{because}: {message}" if message else because, hint=_REFUSED.get(code, ""))
+
+
+def _retry_after_s(headers: dict[str, str]) -> float | None:
+    """Return what the server asked for; a date counts from the answer's own, whatever our clock says."""
+    value = headers.get("retry-after", "")
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - parsedate_to_datetime(headers["date"])).total_seconds())
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _last_words(cause: object) -> str:
+    """Return the part of an urllib3 message that tells something: "Connection refused"."""
+    return str(cause).rpartition(": ")[2].strip("()'\" ")
+
+
+def _safe(error: Exception) -> str:
+    """Return the message of an error, or only its name if the output of a credential helper may be in it."""
+    name = type(error).__name__
+    return name if name in ("CredentialRetrievalError", "TokenRetrievalError") else f"{name}: {error}"

