@@ -163,8 +163,8 @@ class Explainer:
         if state in ("queued", "retrying"):
             if held := self._ledger.held().get(self.spool.name):
                 return (
-                    f"{path} waits because spool {self.spool.name} is held since {held.since} ({held.error}); it goes on by itself "
-                    f"when that is mended: {held.hint or 'look at the destination'}."
+                    f"{path} waits because spool {self.spool.name} is held since {held.since} ({held.error}); it goes on "
+                    f"by itself when that is mended: {held.hint or 'look at the destination'}."
                 )
             if state == "queued":
                 return f"{path} is complete and waits for its turn."

@@ -294,8 +294,8 @@ class Spool:
         return mark.read_text().strip()
 
     def sing(self) -> None:
-        """Touch the canary: whoever watches the root must hear of it."""
-        os.utime(self.house / CANARY)
+        """Write to the canary: whoever watches the root must hear of it."""
+        (self.house / CANARY).write_bytes(b"")
 
     def can_tell_writers(self) -> bool:
         """Say whether this filesystem and user can find out who has a file open for writing, by trying it on our own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http.client
 import re
@@ -55,7 +56,8 @@ class Store:
         read_timeout_s: float = 60,
     ) -> None:
         self._endpoint_url = endpoint_url
-        self._session_settings = {"region_name": region, "profile_name": profile}
+        self._region = region
+        self._profile = profile
         self._checksum = checksum
         self._client_settings = {
             "s3": {"addressing_style": addressing_style},
@@ -184,13 +186,18 @@ class Store:
         """Return the client; the first call makes it, reading profile and credentials."""
         with self._lock:
             if self._client is None:
-                import boto3
                 from botocore.config import Config
                 from botocore.exceptions import BotoCoreError
+                from botocore.session import Session
 
+                session = Session(profile=self._profile)
+                session.register_component("data_loader", _models())
                 try:
-                    client = boto3.session.Session(**self._session_settings).client(
-                        "s3", endpoint_url=self._endpoint_url, config=Config(**self._client_settings)
+                    client = session.create_client(
+                        "s3",
+                        region_name=self._region,
+                        endpoint_url=self._endpoint_url,
+                        config=Config(**self._client_settings),
                     )
                 except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
                     hint = "look at s3.endpoint_url, s3.region, s3.profile and the credentials"
@@ -289,6 +296,14 @@ class Store:
         if found is None or found.sha256 != digests.sha256:
             there = "nothing" if found is None else f"other content ({found.size} of {digests.size} bytes)"
             raise Unproven(f"{what}: confirmed, but {there} was read back")
+
+
+@functools.cache
+def _models() -> Any:
+    """Return botocore's descriptions of services; all clients share them, as reading them takes 80 of their 100 ms."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def confirms(stored: StoredObject, digests: Digests) -> bool | None:

@@ -54,7 +54,7 @@ _SING_EVERY_S = 30.0
 _CANARY_SILENT_S = 10.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # watchdog keeps handlers in a set
 class _Hints(FileSystemEventHandler):
     """What watchdog's thread calls: it only enqueues, since a handler that raises kills the dispatcher."""
 

@@ -1112,7 +1112,7 @@ def test_silence_after_the_request_leaves_it_in_doubt(server: ScriptedServer) ->
 def test_an_object_that_breaks_off_is_no_object(server: ScriptedServer, answer: Reply) -> None:
     server.answers(answer)
 
-    with pytest.raises(StoreUnavailable, match="ReadTimeoutError|IncompleteReadError|ResponseStreamingError"):
+    with pytest.raises(StoreUnavailable, match=r"ReadTimeoutError|IncompleteReadError|ResponseStreamingError"):
         store_of(server.endpoint_url, read_timeout_s=0.2).digest(BUCKET, KEY)
 
 

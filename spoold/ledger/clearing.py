@@ -104,7 +104,7 @@ class Clearing(Walking):
             .group_by(intent.c.key)
         )
         with self.read() as connection:
-            return {key: moment for key, moment in connection.execute(statement)}
+            return dict(connection.execute(statement).tuples().all())
 
     def settle_doubts(self, mine: Claim, keys: Iterable[str], *, before: float) -> None:
         """The time in which these keys' doubtful PUTs could land is over, and what they hold was looked at."""

@@ -80,6 +80,7 @@ class Database:
         self._clock = clock
         self._url = make_url(url)
         self._file = self._url.database if self._url.get_backend_name() == "sqlite" else None
+        self._shown = self._url.render_as_string()  # without its password
         self._writing = threading.Lock()
         if self._file and not create and not os.path.exists(self._file):
             raise LedgerUnavailable(
@@ -138,7 +139,7 @@ class Database:
                 return
             if not create:
                 raise LedgerUnavailable(
-                    f"open ledger {self._url.render_as_string()}: its schema is {revision}, this spoold needs {schema.REVISION}",
+                    f"open ledger {self._shown}: its schema is {revision}, this spoold needs {schema.REVISION}",
                     hint="start the daemon of this version once: it migrates the ledger",
                 )
             self._migrate(revision)
@@ -158,7 +159,7 @@ class Database:
                 alembic.script.ScriptDirectory.from_config(config).get_revision(revision)
             except alembic.util.CommandError as error:
                 raise LedgerUnavailable(
-                    f"open ledger {self._url.render_as_string()}: its schema is {revision}, newer than this spoold's {schema.REVISION}",
+                    f"open ledger {self._shown}: its schema is {revision}, newer than this spoold's {schema.REVISION}",
                     hint="use the spoold that wrote it, or a newer one",
                 ) from error
         with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
@@ -166,7 +167,7 @@ class Database:
             alembic.command.upgrade(config, "head")
             if not connection.execute(select(schema.about.c.value)).first():
                 connection.execute(insert(schema.about), {"name": "ledger", "value": str(uuid.uuid4())})
-        log.info("ledger.migrated", ledger=self._url.render_as_string(), before=revision, after=schema.REVISION)
+        log.info("ledger.migrated", ledger=self._shown, before=revision, after=schema.REVISION)
 
 
 def _configure(connection: sqlite3.Connection, _: Any) -> None:

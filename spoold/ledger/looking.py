@@ -57,7 +57,7 @@ class Looking(Clearing):
             ]
 
     def current(self, path: str, *, spool: str) -> dict[str, Any]:
-        """Return what the record waits for: the current batch's due_at, waiting_for, error, hint; and the sighting's reason."""
+        """Return what the record waits for, by its current batch and its sighting."""
         statement = (
             select(
                 batch.c.id, batch.c.state, batch.c.stored_at, batch.c.due_at, batch.c.waiting_for, batch.c.decided_by, batch.c.error_code,
@@ -130,7 +130,7 @@ class Looking(Clearing):
             .where(here, sighting.c.state != "gone")
         )
         with self.read() as connection:
-            left = {why: count for why, count in connection.execute(batches)}
+            left = dict(connection.execute(batches).tuples().all())
             if count := connection.execute(sightings).scalar_one():
                 left["receiving"] = count
         return left

@@ -188,7 +188,8 @@ class Walking(Watching):
         elif owner != mine.batch.record_key:
             other = change.execute(select(record.c.spool, record.c.path).where(record.c.id == owner)).one()
             raise KeyTaken(
-                f"put {put.file.file.path}: its key {put.key} in bucket {put.bucket} belongs to record {other.path} of spool {other.spool}",
+                f"put {put.file.file.path}: its key {put.key} in bucket {put.bucket} belongs to record {other.path} "
+                f"of spool {other.spool}",
                 hint="give the spool a `key` that tells the two apart, or remove one of the two records",
             )
 
@@ -277,7 +278,7 @@ class Walking(Watching):
         )  # fmt: skip
 
     def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
-        """A newer original took its place: the record's other keys go, live ones and those an abandoned version may have left."""
+        """A newer original took its place: the record's other keys go, also those that an abandoned version may have left."""
         mine_keys = select(batch_file.c.key).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None))
         live = select(object_.c.bucket, object_.c.key).where(
             object_.c.record_key == mine.batch.record_key, object_.c.key.not_in(mine_keys)
