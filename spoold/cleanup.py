@@ -187,7 +187,7 @@ class Cleaner:
                     os.close(fd)
         except (Vanished, FileNotFoundError):
             self._ledger.not_aside(file)
-            return Due(0.0, "min_age")
+            return Due(1.0, "min_age")
         self._aside_since[name] = self._clock.monotonic()
         if reason := self._differs(file, name):
             return self._give_back_ours(claim, file, name, reason)

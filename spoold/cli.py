@@ -91,13 +91,11 @@ def run(file: str, once: bool, dry_run: bool) -> int:
     from spoold.daemon import Daemon  # its imports cost half a second
 
     logs.configure(format=settings.log.format, level=settings.log.level)
-    # Taking a lease makes the kernel send us SIGIO when somebody wants the file; its default would end us.
-    signal.signal(signal.SIGIO, signal.SIG_IGN)
     daemon = Daemon(settings, once=once)
     _on_signals(daemon.stop)
     code = daemon.run()
     sys.stdout.flush()
-    if code == EX_TEMPFAIL and not once:
+    if code == EX_SOFTWARE or (code == EX_TEMPFAIL and not once):
         os._exit(code)  # threads that did not end in time must not hold us
     return code
 
@@ -248,6 +246,8 @@ def version() -> int:
 
 def main() -> None:
     """Run a command and exit with its code; what went wrong is one line on standard error, with the remedy."""
+    # Taking a lease makes the kernel send us SIGIO when somebody wants the file; its default would end us (FACTS 15).
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         code = cli.main(standalone_mode=False, prog_name="spoold")
     except click.UsageError as error:

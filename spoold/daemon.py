@@ -166,7 +166,7 @@ class Daemon:
         self._holds.forget_before()
         self._bury_owners()
         watching = [self._thread(f"watch:{name}", w.run, self._stop) for name, w in self._watchers.items()]
-        working = [self._thread(f"work-{number}", self._work_on) for number in range(self._workers)]
+        working = [self._thread(f"work-{number}", self._work_on, number > 0) for number in range(self._workers)]
         done = threading.Event()
         keeping = [self._thread("lease", self._renew, done), self._thread("tend", self._tend, done)]
         try:
@@ -196,16 +196,16 @@ class Daemon:
         return DRAINED
 
     def _wait_until_idle(self) -> int:
-        names = list(self._spools)
         while not self._stop.wait(0.1):
-            if held := self._holds.held():
-                log.info("run.ended", detail=f"the destination refuses: {', '.join(sorted(held))}")
+            held = self._holds.held()
+            working = set(self._spools) - held  # what is held would wait for ever
+            if self._busy or not all(self._watchers[name].is_idle for name in working):
+                continue
+            left = self._ledger.unfinished_work(working, owner=self._owner.name)
+            if set(left) & _WAITED_FOR or self._busy or not all(self._watchers[name].is_idle for name in working):
+                continue
+            if held:
                 return REFUSED
-            if not all(watcher.is_idle for watcher in self._watchers.values()) or self._busy:
-                continue
-            left = self._ledger.unfinished_work(names, owner=self._owner.name)
-            if set(left) & _WAITED_FOR or self._busy or not all(w.is_idle for w in self._watchers.values()):
-                continue
             return LEFT if set(left) - _NOT_LEFT else DRAINED
         return LEFT
 
@@ -234,8 +234,8 @@ class Daemon:
         with self._work:
             self._work.notify_all()
 
-    def _work_on(self) -> None:
-        """One worker: claim, walk, again."""
+    def _work_on(self, uploads_first: bool) -> None:
+        """One worker: claim, walk, again. One of them clears first, so that a backlog does not keep the disk full."""
         unfinished: list[Claim] = []  # walks that could not tell the ledger how they ended
         while not self._stop.is_set():
             claim = None
@@ -247,7 +247,11 @@ class Daemon:
                     self._busy += 1
                 try:
                     claim = self._ledger.claim(
-                        self._owner.name, self._spools, lease_s=LEASE_S, crashes=self._settings.upload.retry.crashes
+                        self._owner.name,
+                        self._spools,
+                        lease_s=LEASE_S,
+                        crashes=self._settings.upload.retry.crashes,
+                        uploads_first=uploads_first,
                     )
                     if claim is not None:
                         self._pipeline.walk(claim)

@@ -46,13 +46,13 @@ class Owner:
             raise ClaimLost("the claim may have run out: this daemon was stopped, or could not reach the ledger")
 
     def is_dead(self, name: str) -> bool:
-        """Say whether the daemon of this name is known to be dead; one on another host never is."""
+        """Say whether the daemon of this name is known to be dead; one on another host or with another state_dir never is."""
         if name == self.name or not name.startswith(f"{self._host}:") or "/" in name:
             return False
         try:
             fd = os.open(self._directory / name, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            return True
+            return False  # it keeps its lock elsewhere, with another state_dir: its claims must run out
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

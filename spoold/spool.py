@@ -135,23 +135,31 @@ class Spool:
         oddities: list[Oddity] = []
         markers: list[SpooledFile] = []
         attachment, record_id = "", record
-        with contextlib.suppress(Vanished), self.directory(record) as top:
-            for found in self._files_below(top, record, self.layout.tail):
-                if isinstance(found, Oddity):
-                    oddities.append(found)
-                    continue
-                path, identity = found
-                if self.marker is not None and path == f"{record}/{self.marker}":
-                    markers.append(SpooledFile(path, "", "", self.marker, identity))
-                    continue
-                place = self.layout.parse(path)
-                if place is None or place.record != record:
-                    oddities.append(Oddity(path, "it does not fit the spool's layout"))
-                    continue
-                attachment, record_id = place.attachment, place.record_id
-                files.append(SpooledFile(path, place.style, place.basename, place.filename, identity))
+        for found in self._found_in(record):
+            if isinstance(found, Oddity):
+                oddities.append(found)
+                continue
+            path, identity = found
+            if self.marker is not None and path == f"{record}/{self.marker}":
+                markers.append(SpooledFile(path, "", "", self.marker, identity))
+                continue
+            place = self.layout.parse(path)
+            if place is None or place.record != record:
+                oddities.append(Oddity(path, "it does not fit the spool's layout"))
+                continue
+            attachment, record_id = place.attachment, place.record_id
+            files.append(SpooledFile(path, place.style, place.basename, place.filename, identity))
         files.sort(key=lambda file: file.path)
         return Snapshot(record, attachment, record_id, tuple(files), markers[0] if markers else None, tuple(oddities))
+
+    def _found_in(self, record: str) -> Iterator[tuple[str, Identity] | Oddity]:
+        try:
+            with self.directory(record) as top:
+                yield from self._files_below(top, record, self.layout.tail)
+        except Vanished:
+            return
+        except BadPath as why:
+            yield Oddity(record, str(why))
 
     def _files_below(self, fd: int, path: str, depth: int) -> Iterator[tuple[str, Identity] | Oddity]:
         """Yield each regular file at most `depth` levels below, and whatever else is odd there."""
@@ -169,10 +177,14 @@ class Spool:
                     if os.path.lexists(self.root / where):
                         yield Oddity(where, str(why))
             else:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        yield where, Identity.of(status)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise fault_of(error, "look at", where) from error
+                if stat.S_ISREG(status.st_mode):
+                    yield where, Identity.of(status)
 
     def records(self, below: str = "") -> Iterator[str | Oddity]:
         """Yield every record directory that holds a file, as a stream, and whatever else is odd; links are not followed.
@@ -184,6 +196,8 @@ class Spool:
                 yield from self._records(fd, below)
         except Vanished:
             return
+        except BadPath as why:
+            yield Oddity(below, str(why))
 
     def _records(self, fd: int, path: str) -> Iterator[str | Oddity]:
         last: list[str] = []
@@ -292,6 +306,11 @@ class Spool:
                 os.link(draft, mark)
             os.unlink(draft)
         return mark.read_text().strip()
+
+    @property
+    def is_at_home(self) -> bool:
+        """Our house stands, as far as one look tells."""
+        return (self.house / CANARY).exists() and (self.house / ASIDE).exists()
 
     def sing(self) -> None:
         """Write to the canary: whoever watches the root must hear of it."""

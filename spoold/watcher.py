@@ -34,7 +34,7 @@ from watchdog.observers.api import BaseObserver
 from spoold.clock import Clock
 from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError
 from spoold.ledger import Ledger
-from spoold.looker import Looker
+from spoold.looker import Looker, Next
 from spoold.model import HOUSE, Oddity
 from spoold.spool import CANARY, Spool
 
@@ -49,6 +49,7 @@ _DEBOUNCE_AT_MOST_S = 0.5
 _LOOKS_A_TURN = 100
 _SWEPT_A_TURN = 200
 _PENDING_AT_MOST = 5_000  # a sweep waits while this many records wait for their look
+_LOOK_AGAIN_S = 60.0
 _HEALTH_EVERY_S = 1.0
 _SING_EVERY_S = 30.0
 _CANARY_SILENT_S = 10.0
@@ -231,6 +232,9 @@ class Watcher:
             except (SpoolBroken, LedgerUnavailable):
                 self._schedule(record, now + 1.0, settling=True)
                 raise
+            except SpooldError as fault:
+                log.warning("look.failed", spool=self._spool.name, record=record, error=fault.code, detail=str(fault))
+                again = Next(_LOOK_AGAIN_S)
             self._forget(record)
             if again.in_s is not None:
                 self._schedule(record, now + again.in_s, settling=again.is_settling)
@@ -292,6 +296,8 @@ class Watcher:
         root = self._spool.root_identity()
         if self._root is None or root != self._root or self._is_broken:
             self._begin(root)
+        elif not self._spool.is_at_home:
+            self._move_in()  # somebody tidied it away
         if self._ear.heard():
             log.warning("watch.overflowed", spool=self._spool.name, detail="the kernel dropped events; everything is swept")
             self.sweep("overflow")

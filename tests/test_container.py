@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_junk_behind_the_end_is_no_matter(scratch: Scratch, name: str, junk: byt
         (picture("JPEG")[:20] + bytes(900), "cat", "the JPEG stops after 920 bytes, before its picture"),
         (b"\xff\xd8\xff\xe0\0\0" + bytes(90), "cat", "the JPEG has a hole after 2 bytes"),
         (b"\xff\xd8\xff\xd9", "cat", "the JPEG stops after 4 bytes, before its picture"),
-        (picture("PNG")[:60], "cat", "the PNG stops after 60 of at least 1160 bytes"),
+        (picture("PNG")[:60], "cat", "the PNG stops after 60 of at least {} bytes"),
         (picture("PNG")[:33], "cat", "the PNG stops after 33 bytes, before its end"),
         (picture("PNG")[:33] + bytes(90), "cat", "the PNG has a hole after 33 bytes"),
         (picture("PNG")[:33] + b"\xff\xff\xff\xffIDAT", "cat", "the PNG stops after 41 of at least 4294967340 bytes"),
@@ -143,17 +144,17 @@ def test_junk_behind_the_end_is_no_matter(scratch: Scratch, name: str, junk: byt
         (b"RIFF\0\0\0\0WEBPVP8 ", "cat", "the WebP does not yet say how long it is"),
         (picture("BMP")[:90], "cat", "the BMP stops after 90 of 1782 bytes"),
         (picture("AVIF")[:-1], "cat", "the AVIF stops after {} of at least {} bytes"),
-        (HEIC, "cat", "the HEIF stops after 68 bytes, before its end"),
-        (HEIC + bytes(500), "cat", "the HEIF stops after 68 bytes, before its end"),
-        (HEIC + PIXELS + PIXELS[:-1], "cat", "the HEIF stops after 183 of at least 184 bytes"),
+        (HEIC, "cat", "the HEIF stops after 64 bytes, before its end"),
+        (HEIC + bytes(500), "cat", "the HEIF stops after 64 bytes, before its end"),
+        (HEIC + PIXELS + PIXELS[:-1], "cat", "the HEIF stops after 179 of at least 180 bytes"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )  # fmt: skip
 def test_what_is_missing_is_said(scratch: Scratch, content: bytes, name: str, expected: str) -> None:
     found = scratch.look(content, name)
 
     assert found is not None
-    assert expected.split("{}")[0] == found[: len(expected.split("{}")[0])]
-    assert expected.split("{}")[-1] == found[-len(expected.split("{}")[-1]) :]
+    assert re.fullmatch(expected.replace("{}", "[0-9]+"), found)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,7 @@ def test_what_is_missing_is_said(scratch: Scratch, content: bytes, name: str, ex
         (b"GIF88a", "cat.gif"),
         (HEIC + box(b"mdat")[:3] + b"\0mdat" + b"to the end of the file", "size-0.heic"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_what_is_no_image_or_cannot_be_told_is_not_judged(scratch: Scratch, content: bytes, name: str) -> None:
     assert scratch.look(content, name) is None

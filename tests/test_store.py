@@ -25,6 +25,7 @@ import email.message
 import hashlib
 import http.client
 import http.server
+import os
 import socket
 import ssl
 import struct
@@ -160,6 +161,7 @@ class ScriptedHandler(http.server.BaseHTTPRequestHandler):
             self.server.is_over.wait()
         if reply.status <= 0:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())  # at once, and without the polite FIN
             self.close_connection = True
             return
         self.send_response_only(reply.status)
@@ -602,6 +604,7 @@ STORED = StoredObject(BUCKET, KEY, len(BODY), "image/jpeg", MD5, "crc32", DIGEST
         (STORED, True),
         (replace(STORED, checksum_algorithm=None, checksum=None), True),
         (replace(STORED, checksum_algorithm="sha256", checksum="other"), True),
+        (replace(STORED, etag=MD5.upper()), True),
         (replace(STORED, etag="opaque"), True),
         (replace(STORED, etag="opaque", checksum_algorithm=None, checksum=None), None),
         (replace(STORED, etag="0" * 32), None),
@@ -745,6 +748,7 @@ def test_a_part_that_fails_aborts_the_upload(store: Store, server: ScriptedServe
         (error(500, "InternalError"), StoreUnavailable),
         (error(200, "InternalError"), StoreUnavailable),
         (error(200, "SlowDown"), StoreUnavailable),
+        (error(200, "AccessDenied"), StoreDenied),
         (error(400, "BadDigest"), Unproven),
         (error(400, "InvalidPart"), Unproven),
         (error(400, "EntityTooSmall"), ObjectRefused),
@@ -1085,7 +1089,7 @@ def test_a_connection_that_does_not_come_about_was_never_sent() -> None:
 def test_a_reset_after_the_request_leaves_it_in_doubt(store: Store, server: ScriptedServer) -> None:
     server.answers(RESET)
 
-    with pytest.raises(StoreUnavailable, match="ConnectionClosedError") as caught:
+    with pytest.raises(StoreUnavailable, match=r"ConnectionClosedError .*Connection reset by peer") as caught:
         put(store)
 
     assert BODY == server.requests[0].body
@@ -1240,6 +1244,36 @@ def test_the_words_of_a_credential_helper_are_not_repeated(
     assert "hunter2" not in str(caught.value) + caught.value.hint
 
 
+def test_a_credential_helper_that_is_not_there_is_denied(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    config.write_text("[profile helped]\ncredential_process = /nonexistent/helper\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+
+    with pytest.raises(StoreDenied, match="FileNotFoundError"):
+        put(store_of(server.endpoint_url, profile="helped"))
+
+
+def test_credentials_that_cannot_be_renewed_are_denied(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first ones were good, and end within the quarter of an hour in which botocore asks for new ones."""
+    helper = tmp_path / "helper.sh"
+    soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
+    keys = f'"Version":1,"AccessKeyId":"A","SecretAccessKey":"S","SessionToken":"T","Expiration":"{soon}"'
+    helper.write_text(f"#!/bin/sh\nrm $0\necho '{{{keys}}}'\n")
+    helper.chmod(0o755)
+    config = tmp_path / "config"
+    config.write_text(f"[profile helped]\ncredential_process = {helper}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+
+    with pytest.raises(StoreDenied, match="FileNotFoundError"):
+        put(store_of(server.endpoint_url, profile="helped"))
+
+    assert [] == server.requests
+
+
 def test_a_role_that_may_not_be_assumed_is_denied(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1332,8 +1366,8 @@ def test_a_closed_store_can_be_used_again(store: Store, server: ScriptedServer) 
     assert 2 == len(server.requests)
 
 
-def test_boto3_is_imported_by_the_first_request_only() -> None:
-    """It takes a third of a second that `spoold status` would wait for."""
+def test_botocore_is_imported_by_the_first_request_only() -> None:
+    """It takes a time for which `spoold status` would wait."""
     code = "import sys, spoold.store as s; s.Store(); sys.exit(bool({'boto3', 'botocore'} & set(sys.modules)))"
 
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode

@@ -47,7 +47,9 @@ class Walking(Watching):
 
     # Claims
 
-    def claim(self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int) -> Claim | None:
+    def claim(
+        self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int, uploads_first: bool = True
+    ) -> Claim | None:
         """Claim the record of the batch that is due next, of these spools and none that is held; None if nothing is.
 
         crashes: a pending batch whose walks killed their process this often is buried instead. The attempt is written
@@ -55,11 +57,11 @@ class Walking(Watching):
         """
         names = list(spools)
         with self.read() as connection:  # idle workers ask often: they must not queue up to write
-            if connection.execute(_due(self._clock.now(), names, lease_s)).first() is None:
+            if connection.execute(_due(self._clock.now(), names, lease_s, uploads_first)).first() is None:
                 return None
         with self.write() as change:
             while True:
-                row = change.execute(_due(change.now, names, lease_s)).first()
+                row = change.execute(_due(change.now, names, lease_s, uploads_first)).first()
                 if row is None:
                     return None
                 self._take_over(change, row.record_key)
@@ -468,8 +470,8 @@ class Walking(Watching):
             change.execute(delete(history).where(history.c.at < iso(change.now - older_than_s)))
 
 
-def _due(now: float, spools: list[str], lease_s: float):  # type: ignore[no-untyped-def]  # spells out every column
-    """Select the batches that may be claimed, uploads first, then by due time.
+def _due(now: float, spools: list[str], lease_s: float, uploads_first: bool):  # type: ignore[no-untyped-def]  # spells out every column
+    """Select the batch that may be claimed next: of the kind that is wanted first, then by due time.
 
     A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
     """
@@ -478,7 +480,9 @@ def _due(now: float, spools: list[str], lease_s: float):  # type: ignore[no-unty
         select(batch, record.c.spool, record.c.path, record.c.attachment, record.c.record_id, record.c.fence)
         .join(record, record.c.id == batch.c.record_key)
         .where(batch.c.due_at <= now, record.c.spool.in_(spools), ~live, ~exists().where(held.c.spool == record.c.spool))
-        .order_by((batch.c.state == State.PENDING).desc(), batch.c.due_at, batch.c.id)
+        .order_by(
+            (batch.c.state != State.PENDING) if uploads_first else (batch.c.state == State.PENDING), batch.c.due_at, batch.c.id
+        )
         .limit(1)
     )
 

@@ -35,6 +35,7 @@ SELECT r.id AS record_key, b.id AS batch_id,
         WHEN b.state = 'dead' THEN 'dead'
         WHEN b.state = 'stored' THEN 'uploaded'
         WHEN b.state = 'done' THEN 'done'
+        WHEN EXISTS (SELECT 1 FROM object o WHERE o.record_key = r.id) THEN 'done'
         ELSE COALESCE(s.state, 'receiving')
     END AS state
 FROM record r

@@ -1,0 +1,264 @@
+"""A real daemon on a real tree with a real S3 process, and the laws that every system test ends with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.servers import MotoServer, RcloneServer
+
+DEADLINE_S = 40.0
+QUICK: dict[str, Any] = {  # what a test has no time for; contract, section 2
+    "complete": {"settle": "200ms"},
+    "cleanup": {"min_age": "300ms", "grace": "200ms", "keep_empty_dirs_for": "300ms"},
+}
+ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow which
+    None: {"record.seen"},
+    "record.seen": {"record.stalled", "record.gone", "batch.settled", "batch.superseded", "record.seen"},
+    "record.stalled": {"record.gone", "batch.settled", "record.seen"},
+    "record.gone": {"record.seen"},
+    "batch.settled": {"batch.claimed", "batch.superseded", "record.gone", "batch.settled", "batch.dead", "record.seen"},
+    "batch.claimed": {
+        "batch.stored", "batch.deferred", "batch.dead", "batch.superseded", "record.seen", "batch.settled", "record.gone",
+        "batch.claimed",
+    },
+    "batch.deferred": {"batch.claimed", "batch.superseded", "batch.settled", "record.seen", "record.gone", "batch.dead"},
+    "batch.dead": {"batch.claimed", "batch.superseded", "batch.settled", "record.seen", "record.gone"},
+    "batch.superseded": {"record.seen", "batch.claimed", "batch.settled", "record.gone"},
+    "batch.stored": {"record.cleared", "record.seen", "batch.superseded", "batch.settled", "batch.deferred"},
+    "record.cleared": {"record.seen", "batch.settled"},
+}  # fmt: skip
+
+
+def until(condition: Callable[[], Any], what: str, *, timeout_s: float = DEADLINE_S) -> Any:
+    """Return the condition's first true value; fail with `what` when the deadline passes."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid over it, mapping by mapping."""
+    both = dict(base)
+    for name, value in over.items():
+        mine = both.get(name)
+        both[name] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+class Site:
+    """One installation: a spool, a bucket on a server, a state directory, a configuration; daemons come and go.
+
+    spool, upload, s3: laid over the quick defaults. endpoint_url: of a proxy in front of the server, if there is one.
+    """
+
+    def __init__(
+        self, directory: Path, server: MotoServer | RcloneServer, *, endpoint_url: str | None = None,
+        spool: Mapping[str, Any] | None = None, upload: Mapping[str, Any] | None = None,
+        s3: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.server = server
+        self.root = directory / "spool"
+        self.root.mkdir(exist_ok=True)
+        self.bucket = f"bucket-{abs(hash(str(directory))) % 10**10}"
+        server.create_bucket(self.bucket)
+        self.environment = {**os.environ, **server.environment(), **(environment or {})}
+        base = {"name": "uploads", "root": str(self.root), "bucket": self.bucket, **QUICK}
+        self.settings = {
+            "state_dir": str(directory / "state"),
+            "s3": merged(
+                {"endpoint_url": endpoint_url or server.endpoint_url, "region": "us-east-1", "addressing_style": "path"},
+                s3 or {},
+            ),
+            "spools": [merged(base, spool or {})],
+            "upload": merged({"retry": {"initial": "100ms", "max": "1s"}}, upload or {}),
+            "log": {"level": "debug"},
+            "drain_timeout": "20s",
+        }
+        self.config = directory / "config.yaml"
+        self.write_config()
+
+    def write_config(self) -> None:
+        self.config.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+
+    # Programs
+
+    @contextlib.contextmanager
+    def daemon(self, *, ready: bool = True, name: str = "daemon") -> Iterator[Daemon]:
+        """Run a daemon for the block; it is drained at its end if it still runs."""
+        daemon = Daemon(self, self.directory / f"{name}-{time.monotonic_ns()}.log")
+        try:
+            if ready:
+                daemon.until_event("daemon.ready")
+            yield daemon
+        finally:
+            daemon.end()
+
+    def spoold(self, *arguments: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "spoold", "-c", str(self.config), *arguments],
+            env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+    # What is true
+
+    @property
+    def database(self) -> Path:
+        return self.directory / "state" / "spoold.db"
+
+    def query(self, statement: str, *parameters: Any) -> list[dict[str, Any]]:
+        """Ask the ledger as an app would; nothing before there is one."""
+        if not self.database.exists():
+            return []
+        connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=10)
+        try:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(statement, parameters)]
+        except sqlite3.OperationalError:
+            return []  # it is just being made
+        finally:
+            connection.close()
+
+    def status(self, record: str) -> dict[str, Any]:
+        """Return the record's row of the view; {} if there is none."""
+        rows = self.query("SELECT * FROM record_status WHERE path = ?", record)
+        return rows[0] if rows else {}
+
+    def until_state(self, record: str, *states: str, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
+        """Wait until the record is in one of these states, and return its row."""
+        deadline = time.monotonic() + timeout_s
+        while (row := self.status(record)).get("state") not in states:
+            assert time.monotonic() < deadline, f"{record} is not {' or '.join(states)} within {timeout_s:g} s but {row}"
+            time.sleep(0.02)
+        return row
+
+    def objects(self) -> dict[str, bytes]:
+        """Return what the bucket holds, by key."""
+        return self.server.objects(self.bucket)
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lies in the spool outside spoold's own house, by path."""
+        return {
+            str(path.relative_to(self.root)): path.read_bytes()
+            for path in self.root.rglob("*")
+            if path.is_file() and ".spoold" not in path.parts
+        }
+
+    def directories(self) -> set[str]:
+        """Return the directories of the spool outside spoold's own house, as paths."""
+        return {
+            str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_dir() and ".spoold" not in path.parts
+        }
+
+    # The laws
+
+    def demand_nothing_lost(self, written: Mapping[str, bytes]) -> None:
+        """Each byte is on disk or in the bucket. written: path below the root → its newest content; keys equal paths."""
+        files, objects = self.files(), self.objects()
+        lost = [path for path, content in written.items() if content not in (files.get(path), objects.get(path))]
+        assert not lost, f"lost: {lost}"
+
+    def demand_nothing_stale(self, written: Mapping[str, bytes]) -> None:
+        """The bucket has the last version of everything."""
+        objects = self.objects()
+        stale = [path for path, content in written.items() if objects.get(path) != content]
+        assert not stale, f"stale or missing in the bucket: {stale}"
+
+    def demand_nothing_left(self) -> None:
+        """No file, nothing aside, no claim."""
+        assert not self.files()
+        house = self.root / ".spoold"
+        assert not list((house / "aside").iterdir()) and not list((house / "kept").iterdir())
+        assert not self.query("SELECT * FROM claim")
+
+    def demand_laws(self, written: Mapping[str, bytes]) -> None:
+        """All is uploaded, newest version, and nothing is left behind."""
+        self.demand_nothing_lost(written)
+        self.demand_nothing_stale(written)
+        self.demand_nothing_left()
+
+
+class Daemon:
+    """A daemon's process and what it logged."""
+
+    def __init__(self, site: Site, log_file: Path) -> None:
+        self._log_file = log_file
+        with open(log_file, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "spoold", "-c", str(site.config), "run"],
+                env=site.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the log so far; a line that is no JSON fails the test."""
+        text = self._log_file.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def events(self, name: str | None = None, **keys: Any) -> list[dict[str, Any]]:
+        """Return the lines of this event that have these keys."""
+        return [
+            line for line in self.lines()
+            if name in (None, line["event"]) and all(line.get(key) == value for key, value in keys.items())
+        ]  # fmt: skip
+
+    def until_event(self, name: str, *, count: int = 1, timeout_s: float = DEADLINE_S, **keys: Any) -> dict[str, Any]:
+        """Wait for the count-th line of this event."""
+
+        def found() -> dict[str, Any] | None:
+            events = self.events(name, **keys)
+            assert len(events) >= count or self.process.poll() is None, f"the daemon ended: {self._log_file.read_text()[-3000:]}"
+            return events[count - 1] if len(events) >= count else None
+
+        line: dict[str, Any] = until(found, f"{name} {keys}", timeout_s=timeout_s)
+        return line
+
+    def demand_legal_path(self, record: str) -> list[str]:
+        """Check that the record's lines are a legal path, and return their events."""
+        told = set().union(*ALLOWED_NEXT.values())
+        path = [line["event"] for line in self.lines() if line.get("record") == record and line["event"] in told]
+        before: str | None = None
+        for event in path:
+            assert event in ALLOWED_NEXT[before], f"{event} after {before} in {path}"
+            before = event
+        return path
+
+    def kill(self) -> None:
+        """SIGKILL, as the kernel does when memory runs out."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def drain(self, *, timeout_s: float = 30) -> int:
+        """SIGTERM; return the exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout_s)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.thaw()
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
