@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -77,7 +78,8 @@ def cli(context: click.Context, file: str) -> None:
 def run(file: str, once: bool, dry_run: bool) -> int:
     """Run the daemon in the foreground, logging to standard output.
 
-    SIGTERM drains: what is in flight ends, nothing new starts. A second SIGTERM exits at once. Nothing is lost either way.
+    SIGTERM drains: what is in flight ends, nothing new starts. A second SIGTERM exits at once. SIGHUP reads the
+    configuration again; a bad one keeps the old settings and says so. Nothing is lost either way.
 
     \b
     Exit codes: 0 drained (--once: nothing left to do), 75 drain timed out (--once: something is left),
@@ -88,16 +90,7 @@ def run(file: str, once: bool, dry_run: bool) -> int:
         if not once:
             raise click.UsageError("--dry-run goes with --once: spoold run --once --dry-run")
         return _dry_run(settings)
-    from spoold.daemon import Daemon  # its imports cost half a second
-
-    logs.configure(format=settings.log.format, level=settings.log.level)
-    daemon = Daemon(settings, once=once)
-    _on_signals(daemon.stop)
-    code = daemon.run()
-    sys.stdout.flush()
-    if code == EX_SOFTWARE or (code == EX_TEMPFAIL and not once):
-        os._exit(code)  # threads that did not end in time must not hold us
-    return code
+    return _run(file, settings, once)
 
 
 @cli.command()
@@ -309,20 +302,65 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
-    asked = 0
+def _run(file: str, settings: config.Settings, once: bool) -> int:
+    """Run daemons, one after the other, until one ends for another reason than new settings."""
+    from spoold.daemon import Daemon  # its imports cost half a second
 
-    def drain(signum: int, _: Any) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+    signals = _Signals(file)
+    while True:
+        logs.configure(format=settings.log.format, level=settings.log.level)
+        daemon = Daemon(settings, once=once)
+        signals.attach(daemon.stop)
+        code = daemon.run()
+        sys.stdout.flush()
+        if code == EX_SOFTWARE or (code == EX_TEMPFAIL and not once):
+            os._exit(code)  # threads that did not end in time must not hold us
+        if signals.settings is None:
+            return code
+        settings = signals.settings
+
+
+class _Signals:
+    """SIGTERM and SIGINT drain, a second one exits at once; SIGHUP drains too, then the new settings take over.
+
+    settings: what SIGHUP found since the last `attach`, or None. A bad file changes nothing.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.settings: config.Settings | None = None
+        self._file = file
+        self._stop: Callable[[], None] = lambda: None
+        self._is_ending = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, self._reload)
+
+    def attach(self, stop: Callable[[], None]) -> None:
+        """Signals go to another daemon from now on; one that came while it was built is not forgotten."""
+        self.settings = None
+        self._stop = stop
+        if self._is_ending:
+            stop()
+
+    def _end(self, *_: Any) -> None:
+        if self._is_ending:
             os._exit(EX_TEMPFAIL)
-        stop()
+        self._is_ending = True
+        self.settings = None
+        self._stop()
 
-    signal.signal(signal.SIGTERM, drain)
-    signal.signal(signal.SIGINT, drain)
-    # A terminal that closes, or `kill -HUP` out of habit, must not end the daemon half-way.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    def _reload(self, *_: Any) -> None:
+        log = structlog.get_logger()
+        try:
+            settings = config.load(self._file)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("config.refused", detail=str(problem), hint="the settings that are in force stay so")
+            return
+        if not self._is_ending:
+            log.info("config.reloaded", path=self._file)
+            self.settings = settings
+            self._stop()
 
 
 def _dry_run(settings: config.Settings) -> int:

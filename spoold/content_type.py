@@ -40,7 +40,7 @@ _BY_EXTENSION = dict(mimetypes.MimeTypes(filenames=()).types_map[True]) | {
     ".oga": "audio/ogg", ".ogg": "audio/ogg", ".ogv": "video/ogg", ".opus": "audio/opus", ".otf": "font/otf",
     ".pages": "application/vnd.apple.pages", ".pptx": f"{_OPEN_XML}presentationml.presentation",
     ".psd": "image/vnd.adobe.photoshop", ".rar": "application/vnd.rar", ".rss": "application/rss+xml",
-    ".rtf": "application/rtf", ".svg": _SVG, ".svgz": _SVG, ".tgz": "application/gzip", ".ttf": "font/ttf",
+    ".rtf": "application/rtf", ".svg": _SVG, ".tgz": "application/gzip", ".ttf": "font/ttf",
     ".usdz": "model/vnd.usdz+zip", ".vcf": "text/vcard", ".wav": "audio/wav", ".weba": "audio/webm",
     ".webm": "video/webm", ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2", ".xhtml": _XHTML,
     ".xlsx": f"{_OPEN_XML}spreadsheetml.sheet", ".xml": _XML, ".xz": "application/x-xz", ".yaml": "application/yaml",
@@ -52,11 +52,11 @@ _MAGICS = (
     (b"GIF89a", "image/gif"), (b"%PDF-", "application/pdf"), (b"II*\0", "image/tiff"), (b"MM\0*", "image/tiff"),
     (b"8BPS\0\1", "image/vnd.adobe.photoshop"), (b"\xff\n", "image/jxl"), (b"\0\0\0\x0cJXL \r\n\x87\n", "image/jxl"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "image/jp2"), (b"PK\3\4", _ZIP), (b"PK\5\6", _ZIP), (b"\x1f\x8b", "application/gzip"),
-    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _OLE), (b"ID3", "audio/mpeg"), (b"OggS", "application/ogg"),
-    (b"fLaC", "audio/flac"), (b"MThd", "audio/midi"), (b"{\\rtf", "application/rtf"), (b"wOFF", "font/woff"),
-    (b"wOF2", "font/woff2"), (b"\0asm", "application/wasm"), (b"BZh", "application/x-bzip2"),
-    (b"\xfd7zXZ\0", "application/x-xz"), (b"7z\xbc\xaf\x27\x1c", "application/x-7z-compressed"),
-    (b"Rar!\x1a\7", "application/vnd.rar"), (b"%!PS", "application/postscript"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _OLE), (b"ID3\2", "audio/mpeg"), (b"ID3\3", "audio/mpeg"),
+    (b"ID3\4", "audio/mpeg"), (b"OggS\0", "application/ogg"), (b"fLaC\0", "audio/flac"), (b"MThd\0", "audio/midi"),
+    (b"{\\rtf", "application/rtf"), (b"%!PS", "application/postscript"), (b"\0asm", "application/wasm"),
+    (b"wOFF\0", "font/woff"), (b"wOF2\0", "font/woff2"), (b"\xfd7zXZ\0", "application/x-xz"),
+    (b"7z\xbc\xaf\x27\x1c", "application/x-7z-compressed"), (b"Rar!\x1a\7", "application/vnd.rar"),
 )  # fmt: skip
 _MAGICS_BY_BYTE = {magic[0]: [(m, kind) for m, kind in _MAGICS if m[0] == magic[0]] for magic, _ in _MAGICS}
 
@@ -68,7 +68,7 @@ _BRANDS = {
 
 # For types that only say what a file is made of: the types of names that say more.
 _MORE_PRECISE = {
-    _ZIP: re.compile(r".*\+zip|application/(java-archive|vnd\.(openxml|oasis|android|google-earth\.kmz|apple|ms-).*)"),
+    _ZIP: re.compile(r".*\+zip|application/(java-archive|vnd\.(openxml|oasis|android|google-earth\.kmz|apple).*)"),
     _OLE: re.compile(r"application/(msword|vnd\.ms-.*)"),
     "application/rtf": re.compile("application/msword"),
     "application/ogg": re.compile("(audio|video)/(ogg|opus)"),
@@ -88,9 +88,7 @@ _IS_TEXT = re.compile(
 _BINARY_BYTE = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # as browsers have it: WHATWG, MIME Sniffing
 _PROLOG = re.compile(r"(?:\s+|<\?.*?\?>|<!--.*?-->)*", re.DOTALL)
 _ROOT = re.compile(r"<(?:!doctype\s+)?([a-z][\w:.-]*)")
-_HTML_ROOTS = frozenset(
-    ["html", "head", "body", "script", "iframe", "h1", "h2", "div", "font", "table", "a", "style", "title", "b", "br", "p", "img", "form", "meta", "link", "center", "span"]
-)
+_IS_HTML = re.compile("html|head|body|script|iframe|h[1-6]|div|font|table|a|style|title|b|br|p|img|form|meta|link|center|span")
 
 
 def sniff(head: bytes, filename: str) -> str:
@@ -144,6 +142,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _by_text(text: str, by_name: str | None) -> str:
+    """Return the type of a text: its name's, if that is a text of this kind too."""
     kind = _markup(text)
     if by_name is None:
         return kind
@@ -163,7 +162,7 @@ def _markup(text: str) -> str:
     root = _ROOT.match(text, start.end() if start else 0)
     name = root[1] if root else ""
     is_xml = text.lstrip().startswith("<?xml")
-    if name in _HTML_ROOTS:
+    if _IS_HTML.fullmatch(name) and (name == "html" or not is_xml):
         return _XHTML if is_xml else _HTML
     if name.rpartition(":")[2] == "svg":
         return _SVG
@@ -178,4 +177,5 @@ def _by_puremagic(head: bytes, by_name: str | None) -> str | None:
         return None
     if by_name in {match.mime_type or _BY_EXTENSION.get(match.extension) for match in matches}:
         return by_name
-    return next((match.mime_type for match in matches if match.mime_type and match.confidence >= 0.4), None)
+    certain = (match.mime_type for match in matches if match.mime_type and match.confidence >= 0.4)
+    return next((kind for kind in certain if not _RUNS_SCRIPTS.fullmatch(kind)), None)

@@ -32,7 +32,7 @@ def configure(*, format: str, level: str, stream: TextIO | None = None) -> None:
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(stream),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # SIGHUP may change the level,
     )
     # What libraries have to say is for developers of spoold; watchdog's one useful warning has its own listener.
     logging.getLogger().addHandler(logging.NullHandler())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -196,6 +196,7 @@ def test_a_file_made_of_blocks_does_not_keep_us_busy(scratch: Scratch, content: 
     assert scratch.look(content) is None
 
 
+@settings(deadline=None)
 @given(content=st.one_of(st.binary(max_size=200), st.sampled_from(sorted(WHOLE)).flatmap(
     lambda name: st.tuples(st.just(WHOLE[name]()), st.integers(0, 3000), st.binary(min_size=1, max_size=9)).map(
         lambda drawn: drawn[0][: drawn[1]] + drawn[2] + drawn[0][drawn[1] + len(drawn[2]) :]

@@ -681,6 +681,7 @@ def assignments(draw: st.DrawFn) -> dict[str, str]:
     }
 
 
+@settings(deadline=None)
 @given(template=st.sampled_from(LEGAL), values=assignments())
 def test_what_is_written_is_read_back(template: str, values: dict[str, str]) -> None:
     layout = Layout(template, template, styles=STYLES)
@@ -715,7 +716,7 @@ KEYS = {
 }
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     path=st.sampled_from(sorted(KEYS)),
     segments=st.tuples(*[st.lists(st.text("a0._-", min_size=1, max_size=3), min_size=3, max_size=5)] * 2),
@@ -758,7 +759,7 @@ def test_no_two_short_names_share_a_key(path: str, key: str) -> None:
 pieces = st.sampled_from(["style", "basename", "extension", "dotextension", "hash", "id", "_", ".", "-", "_a", "a"])
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(segment=st.lists(pieces, min_size=2, max_size=5), knows_styles=st.booleans(), more=st.data())
 def test_a_segment_that_is_accepted_is_read_in_one_way(segment: list[str], knows_styles: bool, more: st.DataObject) -> None:
     """The other way round it is tested by name: what could be read in two ways is refused."""

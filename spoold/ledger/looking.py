@@ -60,8 +60,8 @@ class Looking(Clearing):
         """Return what the record waits for, by its current batch and its sighting."""
         statement = (
             select(
-                batch.c.id, batch.c.state, batch.c.stored_at, batch.c.due_at, batch.c.waiting_for, batch.c.decided_by, batch.c.error_code,
-                batch.c.error, batch.c.hint, batch.c.attempts, batch.c.next_attempt_at,
+                batch.c.id, batch.c.state, batch.c.stored_at, batch.c.due_at, batch.c.waiting_for, batch.c.decided_by,
+                batch.c.error_code,                batch.c.error, batch.c.hint, batch.c.attempts, batch.c.next_attempt_at,
                 sighting.c.state.label("sighted"), sighting.c.reason,
             )
             .select_from(record)
@@ -76,7 +76,7 @@ class Looking(Clearing):
             return dict(row._mapping) if row is not None else {}
 
     def objects_at(self, path: str, *, spool: str) -> list[dict[str, Any]]:
-        """Return where the file that lay at `path` went: newest first, each with bucket, key, uploaded_at, state of its batch."""
+        """Return where the files that lay at `path` went, newest first."""
         statement = (
             select(batch_file.c.bucket, batch_file.c.key, batch_file.c.is_gone, batch_file.c.aside_name, batch.c.state,
                    batch.c.stored_at, batch_file.c.size, batch_file.c.dev, batch_file.c.ino,
