@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -98,9 +99,14 @@ class Site:
     # Programs
 
     @contextlib.contextmanager
-    def daemon(self, *, ready: bool = True, name: str = "daemon") -> Iterator[Daemon]:
-        """Run a daemon for the block; it is drained at its end if it still runs."""
-        daemon = Daemon(self, self.directory / f"{name}-{time.monotonic_ns()}.log")
+    def daemon(
+        self, *, ready: bool = True, name: str = "daemon", constants: Mapping[str, float] | None = None
+    ) -> Iterator[Daemon]:
+        """Run a daemon for the block; it is drained at its end if it still runs.
+
+        constants: numbers of the code that no setting changes, for a test that cannot wait so long: "spoold.owner.LEASE_S".
+        """
+        daemon = Daemon(self, self.directory / f"{name}-{time.monotonic_ns()}.log", constants or {})
         try:
             if ready:
                 daemon.until_event("daemon.ready")
@@ -133,6 +139,11 @@ class Site:
             return []  # it is just being made
         finally:
             connection.close()
+
+    def change(self, statement: str, *parameters: Any) -> None:
+        """Change the ledger behind spoold's back; only while no daemon runs."""
+        with contextlib.closing(sqlite3.connect(self.database)) as connection, connection:
+            assert connection.execute(statement, parameters).rowcount > 0, f"nothing changed: {statement}"
 
     def status(self, record: str) -> dict[str, Any]:
         """Return the record's row of the view; {} if there is none."""
@@ -193,14 +204,24 @@ class Site:
         self.demand_nothing_left()
 
 
+def _with_constants(constants: Mapping[str, float]) -> str:
+    """Return a program that sets these numbers and then is spoold."""
+    lines = []
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        lines.append(f"import {module}; assert hasattr({module}, {constant!r}); {name} = {value!r}")
+    return "\n".join([*lines, "from spoold.cli import main", "main()"])
+
+
 class Daemon:
     """A daemon's process and what it logged."""
 
-    def __init__(self, site: Site, log_file: Path) -> None:
+    def __init__(self, site: Site, log_file: Path, constants: Mapping[str, float] = MappingProxyType({})) -> None:
         self._log_file = log_file
+        program = ["-c", _with_constants(constants)] if constants else ["-m", "spoold"]
         with open(log_file, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "spoold", "-c", str(site.config), "run"],
+                [sys.executable, *program, "-c", str(site.config), "run"],
                 env=site.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             )  # fmt: skip
 
