@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -47,6 +48,18 @@ class _Seconds(click.ParamType[float]):
         self.fail(f"{value!r} is no duration: write a number and ms, s, m, h or d, such as 30s", param, ctx)
 
 
+def _configured(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command its configuration, named before it or behind it."""
+
+    @click.option("-c", "--config", "own_file", metavar="FILE", help="The configuration; may stand before the command too.")
+    @click.pass_obj
+    @functools.wraps(command)
+    def with_file(file: str, /, *_: Any, **arguments: Any) -> int:
+        return command(arguments.pop("own_file") or file, **arguments)
+
+    return with_file
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "-c", "--config", "file", default=DEFAULT_CONFIG, envvar="SPOOLD_CONFIG", show_default=True, metavar="FILE",
@@ -74,7 +87,7 @@ def cli(context: click.Context, file: str) -> None:
 @cli.command()
 @click.option("--once", is_flag=True, help="Take everything complete as far as it will go, then end; do not wait for more.")
 @click.option("--dry-run", is_flag=True, help="With --once: print what would go where and what would stay, and touch nothing.")
-@click.pass_obj
+@_configured
 def run(file: str, once: bool, dry_run: bool) -> int:
     """Run the daemon in the foreground, logging to standard output.
 
@@ -94,7 +107,7 @@ def run(file: str, once: bool, dry_run: bool) -> int:
 
 
 @cli.command()
-@click.pass_obj
+@_configured
 def check(file: str) -> int:
     """Find every mistake of the configuration; touch nothing.
 
@@ -116,7 +129,7 @@ def check(file: str) -> int:
 @click.option("--spool", metavar="NAME", help="Where two spools have the record.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--watch", is_flag=True, help="Stay, and show every change; Ctrl-C ends it.")
-@click.pass_obj
+@_configured
 def status(file: str, record: str | None, spool: str | None, as_json: bool, watch: bool) -> int:
     """Show how many records are in which state, or one RECORD in full.
 
@@ -144,7 +157,7 @@ def status(file: str, record: str | None, spool: str | None, as_json: bool, watc
 @cli.command()
 @click.argument("path")
 @click.option("--spool", metavar="NAME", help="Where two spools have the path.")
-@click.pass_obj
+@_configured
 def why(file: str, path: str, spool: str | None) -> int:
     """Say in one sentence why PATH is still here or where it went, and what would change it.
 
@@ -160,7 +173,7 @@ def why(file: str, path: str, spool: str | None) -> int:
 @click.argument("record")
 @click.option("--timeout", "timeout_s", type=_Seconds(), default="30s", show_default=True, help="Give up after this long.")
 @click.option("--spool", metavar="NAME", help="Where two spools have the record.")
-@click.pass_obj
+@_configured
 def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
     """Wait until every file of RECORD's newest version is proven in the bucket.
 
@@ -189,7 +202,7 @@ def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
 @click.option("--all", "everything", is_flag=True, help="All dead and retrying records.")
 @click.option("--as-is", is_flag=True, help="Take incomplete records as they lie.")
 @click.option("--spool", metavar="NAME", help="Only of this spool.")
-@click.pass_obj
+@_configured
 def retry(file: str, records: tuple[str, ...], everything: bool, as_is: bool, spool: str | None) -> int:
     """Make dead, retrying and stalled records due now.
 
