@@ -8,20 +8,22 @@ was stored is given back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from urllib.parse import quote, unquote
 
 import structlog
 
 from spoold.clock import Ages, Clock
 from spoold.digest import Digester
-from spoold.errors import ClaimLost, SpooldError, StoreUnavailable, Unproven, Vanished
-from spoold.ledger import Ledger, Proof, ReplacedKey
+from spoold.errors import Changed, ClaimLost, SpooldError, StoreUnavailable, Unproven, Vanished
+from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
 from spoold.renames import rename_noreplace
 from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing, open_regular
@@ -32,6 +34,7 @@ log = structlog.get_logger()
 _CHUNK_BYTES = 1 << 20
 _PROOF_LASTS_S = 3600.0
 _OPEN_AGAIN_S = 15.0
+_LOOK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,14 @@ class Rules:
     keep_empty_dirs_for_s: float
     trusts: bool
     doubt_s: float
+
+
+class Writers(Enum):
+    """Who has a file open for writing, as far as the kernel can tell."""
+
+    NONE = "nobody"
+    SOME = "somebody"
+    UNKNOWN = "the kernel cannot tell"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +110,11 @@ class Cleaner:
             # Only what lies at its own place is put again; what lies aside would be let go as stored.
             for file in left:
                 if file.aside_name is not None:
-                    self._give_back_ours(claim, file, file.aside_name, str(lost))
+                    self._give_back_ours(claim, file, str(lost))
             raise
-        waits = [due for file in left if not file.is_marker and (due := self._clear_file(claim, file))]
+        waits = self._clear_files(claim, [file for file in left if not file.is_marker])
         if not waits:
-            waits = [due for file in left if file.is_marker and (due := self._clear_file(claim, file))]
+            waits = self._clear_files(claim, [file for file in left if file.is_marker])
         return min(waits, key=lambda due: due.in_s) if waits else None
 
     def _may_go(self, claim: Claim) -> Due | None:
@@ -136,7 +147,8 @@ class Cleaner:
             )  # fmt: skip
         if lying - known:
             raise ClaimLost(f"clear {claim.batch.record}: a newer version of it is live")
-        self._ledger.renew_proofs(claim, [proof.key for proof in old])
+        if old:
+            self._ledger.renew_proofs(claim, [proof.key for proof in old])
 
     def _is_there(self, proof: Proof) -> bool:
         """Compare the ETag that HEAD tells with the one that was proven; if it is another, read the object back.
@@ -151,75 +163,100 @@ class Cleaner:
         digests = self._store.digest(proof.bucket, proof.key)
         return digests is not None and digests.sha256 == proof.digest
 
-    # One file
+    # Files, each step for all of them under one commit
 
-    def _clear_file(self, claim: Claim, file: BatchFile) -> Due | None:
-        if file.aside_name is not None:
-            return self._look_last(claim, file, file.aside_name)
-        if claim.batch.state is not State.STORED:
-            return None  # superseded: what still lies there is the newer batch's
-        identity = self._spool.identity_of(file.file.path)
-        if identity != file.file.identity:
-            self._ledger.let_go(claim, [file], deleted=False)  # gone, or a newer version: not ours to touch
+    def _clear_files(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+        """Take each file one step further; return what has to be waited for."""
+        waits = self._look_last(claim, [file for file in files if file.aside_name is not None])
+        if claim.batch.state is State.STORED:  # else what still lies in its place is a newer batch's
+            waits += self._set_aside(claim, [file for file in files if file.aside_name is None])
+        return waits
+
+    def _set_aside(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+        """Rename files out of the app's way and look again; they then wait for their grace."""
+        waits, ready, foreign = [], [], []
+        for file in files:
+            identity = self._spool.identity_of(file.file.path)
+            if identity != file.file.identity:
+                foreign.append(file)  # gone, or a newer version: not ours to touch
+            elif (young_s := self._rules.min_age_s - self._ages.age_s(identity)) > 0:
+                waits.append(Due(young_s, "min_age"))
+            elif (writers := self._is_open(file)) is None:
+                foreign.append(file)  # it moved on at this moment
+            elif writers is Writers.SOME:
+                waits.append(Due(_OPEN_AGAIN_S, "open"))
+            elif writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
+                ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
+        if foreign:
+            self._ledger.let_go(claim, foreign, deleted=False)
+        if not ready:
+            return waits
+        self._demand_claim()
+        self._ledger.set_aside(claim, ready)
+        for file in ready:
+            if self._rename_aside(file):
+                waits.append(Due(self._rules.grace_s, "grace"))
+                if (reason := self._differs(file)) and not self._give_back_ours(claim, file, reason):
+                    waits.pop()
+            else:
+                self._ledger.not_aside(file)
+                waits.append(Due(_LOOK_AGAIN_S, "min_age"))
+        return waits
+
+    def _is_open(self, file: BatchFile) -> Writers | None:
+        """Say who has a file open for writing; None if it is not there any more."""
+        try:
+            with self._spool.opened(file.file) as fd:
+                is_open = is_open_for_writing(fd)
+                return Writers.UNKNOWN if is_open is None else Writers.SOME if is_open else Writers.NONE
+        except (Vanished, Changed):
             return None
-        young_s = self._rules.min_age_s - self._ages.age_s(identity)
-        if young_s > 0:
-            return Due(young_s, "min_age")
-        return self._set_aside(claim, file)
 
-    def _set_aside(self, claim: Claim, file: BatchFile) -> Due | None:
-        """Rename a file out of the app's way and look again; it then waits for its grace."""
-        name = aside_name(claim.batch.id, file)
+    def _rename_aside(self, file: BatchFile) -> bool:
+        """Rename a file to its name in aside/; say whether it was there."""
+        assert file.aside_name is not None, "it has a name there"
         parent, leaf = os.path.split(file.file.path)
         try:
             with self._spool.directory(parent) as directory, self._aside() as aside:
-                fd = open_regular(directory, leaf, file.file.path)
-                try:
-                    writers = is_open_for_writing(fd)
-                    if writers is None and not self._rules.trusts:
-                        return None  # the kernel cannot tell about writers: the file stays, and the batch is done
-                    if writers:
-                        return Due(_OPEN_AGAIN_S, "open")
-                    self._demand_claim()
-                    self._ledger.set_aside(claim, file, name)
-                    rename_noreplace(leaf, name, dir_fd=directory, to_dir_fd=aside)
-                finally:
-                    os.close(fd)
+                rename_noreplace(leaf, file.aside_name, dir_fd=directory, to_dir_fd=aside)
         except (Vanished, FileNotFoundError):
-            self._ledger.not_aside(file)
-            return Due(1.0, "min_age")
-        self._aside_since[name] = self._clock.monotonic()
-        if reason := self._differs(file, name):
-            return self._give_back_ours(claim, file, name, reason)
-        return Due(self._rules.grace_s, "grace") if self._rules.grace_s > 0 else self._look_last(claim, file, name)
+            return False
+        self._aside_since[file.aside_name] = self._clock.monotonic()
+        return True
 
-    def _look_last(self, claim: Claim, file: BatchFile, name: str) -> Due | None:
-        """The grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
-        since = self._aside_since.setdefault(name, self._clock.monotonic())
-        left_s = since + self._rules.grace_s - self._clock.monotonic()
-        if left_s > 0:
-            return Due(left_s, "grace")
-        try:
-            reason = self._differs(file, name)
-        except Vanished:
-            reason = None  # unlinked before a crash, unknown to the ledger
-        else:
-            if reason:
-                return self._give_back_ours(claim, file, name, reason)
-            self._demand_claim()
-            with self._aside() as aside, contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=aside)
-        self._aside_since.pop(name, None)
-        self._ledger.let_go(claim, [file], deleted=True)
-        return None
+    def _look_last(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+        """Where the grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
+        waits, gone = [], []
+        for file in files:
+            assert file.aside_name is not None, "it lies aside"
+            since = self._aside_since.setdefault(file.aside_name, self._clock.monotonic())
+            left_s = since + self._rules.grace_s - self._clock.monotonic()
+            if left_s > 0:
+                waits.append(Due(left_s, "grace"))
+                continue
+            try:
+                if reason := self._differs(file):
+                    waits += filter(None, [self._give_back_ours(claim, file, reason)])
+                    continue
+                self._demand_claim()
+                with self._aside() as aside:
+                    os.unlink(file.aside_name, dir_fd=aside)
+            except (Vanished, FileNotFoundError):
+                pass  # unlinked before a crash, unknown to the ledger
+            self._aside_since.pop(file.aside_name, None)
+            gone.append(file)
+        if gone:
+            self._ledger.let_go(claim, gone, deleted=True)
+        return waits
 
-    def _differs(self, file: BatchFile, name: str) -> str | None:
+    def _differs(self, file: BatchFile) -> str | None:
         """Say why what lies aside is not, for good, what was stored; None if it is. Raises Vanished.
 
         Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
         """
+        assert file.aside_name is not None, "it lies aside"
         with self._aside() as aside:
-            fd = open_regular(aside, name, file.file.path)
+            fd = open_regular(aside, file.aside_name, file.file.path)
         try:
             before = os.fstat(fd)
             if is_open_for_writing(fd):
@@ -233,16 +270,17 @@ class Cleaner:
         finally:
             os.close(fd)
 
-    def _give_back_ours(self, claim: Claim, file: BatchFile, name: str, reason: str) -> Due | None:
+    def _give_back_ours(self, claim: Claim, file: BatchFile, reason: str) -> Due | None:
         """Give back a file of a batch that is being cleared; if its bytes are still those stored, it is tried again later."""
         self._demand_claim()
-        still_ours = self._give_back(claim.batch.id, claim.batch.record, file, name, reason)
+        still_ours = self._give_back(claim.batch.id, claim.batch.record, file, reason)
         return Due(_OPEN_AGAIN_S, "open") if still_ours else None
 
-    def _give_back(self, batch: int, record: str, file: BatchFile, name: str, reason: str) -> bool:
+    def _give_back(self, batch: int, record: str, file: BatchFile, reason: str) -> bool:
         """Put a file back to its place, or into `kept/` if that is taken; say whether it is still what was stored."""
+        assert file.aside_name is not None, "it lies aside"
+        name, path = file.aside_name, file.file.path
         self._aside_since.pop(name, None)
-        path = file.file.path
         identity = None
         if self._back_to(path, name):
             with contextlib.suppress(SpooldError), self._spool.directory(os.path.dirname(path)) as directory:
@@ -358,7 +396,7 @@ class Cleaner:
                 continue
             with self._claimed(known.record_key, owner, lease_s) as is_ours:
                 if is_ours:
-                    self._recover_one(batch, known.record, known.file, name, known.was_stored)
+                    self._recover_one(known, name)
         present = set(names)
         for missing in self._ledger.all_aside(self._spool.name):
             if missing.file.aside_name in present:
@@ -367,15 +405,16 @@ class Cleaner:
                 if is_ours and self._spool.identity_of(missing.file.file.path) == missing.file.file.identity:
                     self._ledger.not_aside(missing.file)  # written down, but never renamed
 
-    def _recover_one(self, batch: int, record: str, file: BatchFile, name: str, was_stored: bool) -> None:
+    def _recover_one(self, known: Aside, name: str) -> None:
+        file = dataclasses.replace(known.file, aside_name=name)
         try:
-            reason = self._differs(file, name) if was_stored else "its batch was never stored"
+            reason = self._differs(file) if known.was_stored else "its batch was never stored"
         except Vanished:
             return
         if reason is None:
-            self._ledger.lies_aside(batch, file.id, name)
+            self._ledger.lies_aside(known.batch, file.id, name)
         else:
-            self._give_back(batch, record, file, name, reason)
+            self._give_back(known.batch, known.record, file, reason)
 
     def _give_back_unknown(self, name: str, path: str | None) -> None:
         """The ledger does not know this file; its name tells where it lay."""

@@ -22,6 +22,7 @@ ASIDE = "aside"
 KEPT = "kept"
 CANARY = "canary"
 _OWNER = "owner"
+_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "afs")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -311,6 +312,17 @@ class Spool:
     def is_at_home(self) -> bool:
         """Our house stands, as far as one look tells."""
         return (self.house / CANARY).exists() and (self.house / ASIDE).exists()
+
+    def network_filesystem(self) -> str | None:
+        """Return the kind of network filesystem that the root lies on, where other machines' changes make no events."""
+        device = os.stat(self.root).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields, _, rest = line.partition(" - ")
+            kind = rest.split(" ", 1)[0]
+            if fields.split(" ")[2] == number and kind.startswith(_NETWORK):
+                return kind
+        return None
 
     def sing(self) -> None:
         """Write to the canary: whoever watches the root must hear of it."""

@@ -345,6 +345,12 @@ class Watcher:
 
     def _observe(self) -> None:
         self._stop_observing()
+        if self._observes and (kind := self._spool.network_filesystem()):
+            self._observes = False
+            log.warning(
+                "watch.unavailable", spool=self._spool.name, detail=f"{kind} tells nothing of what other machines write",
+                hint="new files are found by sweeps only: lower sweep_every of this spool",
+            )  # fmt: skip
         if not self._observes:
             return
         observer = Observer()

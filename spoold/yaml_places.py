@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -88,20 +86,6 @@ def read(text: str, file: str) -> Document:
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         _refuse(file, *_start(node), f"is {kind}, not settings", "begin with a line such as `spools:`")
     return document
-
-
-def shown(given: object, text: str | None = None) -> str:
-    """Return a value for a message, short. text: how it is written, where that is known."""
-    if isinstance(given, list | dict):
-        return "a list" if isinstance(given, list) else "a mapping"
-    plain = text if text is not None else "nothing" if given is None else str(given)
-    short = plain if len(plain) <= 40 else plain[:39] + "…"
-    return f'"{short}"' if isinstance(given, str) else short
-
-
-def closest(word: str, choices: Iterable[str]) -> str | None:
-    """Return what `word` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(word, list(choices), 1)), None)
 
 
 class _Reader:

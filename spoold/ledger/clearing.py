@@ -116,12 +116,13 @@ class Clearing(Walking):
 
     # Letting go
 
-    def set_aside(self, mine: Claim, file: BatchFile, name: str) -> None:
-        """Write down, before it is done, that a file is renamed to `name` in `.spoold/aside/`."""
+    def set_aside(self, mine: Claim, files: Iterable[BatchFile]) -> None:
+        """Write down, before it is done, that files are renamed to their `aside_name` in `.spoold/aside/`."""
         with self.write() as change:
             self._demand(change, mine)
-            change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=name))
-            self._tell(change, mine, "file.set_aside", path=file.file.path)
+            for file in files:
+                change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=file.aside_name))
+                self._tell(change, mine, "file.set_aside", path=file.file.path)
 
     def not_aside(self, file: BatchFile) -> None:
         """The file does not lie aside after all, but where it lay."""

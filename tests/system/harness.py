@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,13 +100,15 @@ class Site:
 
     @contextlib.contextmanager
     def daemon(
-        self, *, ready: bool = True, name: str = "daemon", constants: Mapping[str, float] | None = None
-    ) -> Iterator[Daemon]:
+        self, *, ready: bool = True, name: str = "daemon", constants: Mapping[str, float] | None = None,
+        within: Sequence[str] = (),
+    ) -> Iterator[Daemon]:  # fmt: skip
         """Run a daemon for the block; it is drained at its end if it still runs.
 
         constants: numbers of the code that no setting changes, for a test that cannot wait so long: "spoold.owner.LEASE_S".
+        within: a command that becomes the daemon, such as `setpriv …`.
         """
-        daemon = Daemon(self, self.directory / f"{name}-{time.monotonic_ns()}.log", constants or {})
+        daemon = Daemon(self, self.directory / f"{name}-{time.monotonic_ns()}.log", constants or {}, within)
         try:
             if ready:
                 daemon.until_event("daemon.ready")
@@ -176,6 +178,11 @@ class Site:
             str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_dir() and ".spoold" not in path.parts
         }
 
+    def aside(self) -> list[Path]:
+        """Return what is set aside at this moment."""
+        directory = self.root / ".spoold" / "aside"
+        return sorted(directory.iterdir()) if directory.is_dir() else []
+
     # The laws
 
     def demand_nothing_lost(self, written: Mapping[str, bytes]) -> None:
@@ -216,12 +223,14 @@ def _with_constants(constants: Mapping[str, float]) -> str:
 class Daemon:
     """A daemon's process and what it logged."""
 
-    def __init__(self, site: Site, log_file: Path, constants: Mapping[str, float] = MappingProxyType({})) -> None:
+    def __init__(
+        self, site: Site, log_file: Path, constants: Mapping[str, float] = MappingProxyType({}), within: Sequence[str] = ()
+    ) -> None:
         self._log_file = log_file
         program = ["-c", _with_constants(constants)] if constants else ["-m", "spoold"]
         with open(log_file, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program, "-c", str(site.config), "run"],
+                [*within, sys.executable, *program, "-c", str(site.config), "run"],
                 env=site.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             )  # fmt: skip
 
