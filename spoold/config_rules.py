@@ -14,7 +14,7 @@ from spoold.config_values import closest, shown
 from spoold.layout import BadTemplate
 from spoold.yaml_places import Loc
 
-if TYPE_CHECKING:  # config asks the rules, never the other way round
+if TYPE_CHECKING:  # for the types alone: config asks the rules, never the other way round
     from spoold.config import Objects, ObjectSettings, Settings, Spool
 
 _STORAGE_CLASSES = (  # botocore 1.44.5, StorageClass

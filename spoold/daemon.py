@@ -155,6 +155,16 @@ class Daemon:
             )  # fmt: skip
         self._cleaners[spool.name].recover(self._owner.name, lease_s=LEASE_S)
 
+    def _shorten_waits(self, spool: config.Spool) -> None:
+        """Let settings that were lowered hold for what waits already."""
+        self._ledger.shorten_waits(
+            spool.name, keep_for_s=spool.cleanup.keep_for,
+            at_most_s={
+                "min_age": spool.cleanup.min_age, "grace": spool.cleanup.grace, "dirs": spool.cleanup.keep_empty_dirs_for,
+                "doubt": self._settings.upload.doubt,
+            },
+        )  # fmt: skip
+
     # Running
 
     def stop(self) -> None:
@@ -165,6 +175,8 @@ class Daemon:
         """Work until asked to stop, or until nothing is left if that is all that was asked for; return the exit code."""
         self._holds.forget_before()
         self._bury_owners()
+        for spool in self._settings.spools:
+            self._shorten_waits(spool)
         watching = [self._thread(f"watch:{name}", w.run, self._stop) for name, w in self._watchers.items()]
         working = [self._thread(f"work-{number}", self._work_on, number > 0) for number in range(self._workers)]
         done = threading.Event()

@@ -10,6 +10,7 @@ from spoold import styles
 from spoold.cleanup import Cleaner, Missing
 from spoold.clock import Clock
 from spoold.errors import (
+    ClaimLost,
     Draining,
     GaveUp,
     Halt,
@@ -20,6 +21,7 @@ from spoold.errors import (
     StoreUnavailable,
     Transient,
     Unfinished,
+    Unproven,
 )
 from spoold.holds import Holds
 from spoold.ledger import Ledger
@@ -80,10 +82,12 @@ class Pipeline:
             return Outcome.DONE
         except LedgerUnavailable:
             raise
-        except OSError as error:
-            return self._answer(claim, parts, fault_of(error, "walk", batch.record))
-        except SpooldError as fault:
+        except (SpooldError, OSError) as error:
+            fault = error if isinstance(error, SpooldError) else fault_of(error, "walk", batch.record)
+        try:
             return self._answer(claim, parts, fault)
+        except ClaimLost as lost:  # a newer batch came while this one failed
+            return self._answer(claim, parts, lost)
 
     def _upload(self, claim: Claim, parts: Parts) -> Claim:
         began = self._clock.monotonic()
@@ -121,7 +125,7 @@ class Pipeline:
                 self._ledger.withdraw(claim, fault, vetoed=isinstance(fault, Unfinished))
                 parts.touch(claim.batch.record)
                 return Outcome.STALE
-            case Halt() | StoreUnavailable() if self._holds.is_down(claim.batch.spool, fault):
+            case Halt() | StoreUnavailable() | Unproven() if self._holds.is_down(claim.batch.spool, fault):
                 self._ledger.put_back(claim)
                 return Outcome.HELD
             case Refused() if claim.batch.state is State.PENDING:

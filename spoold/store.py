@@ -1,4 +1,4 @@
-"""The bucket as a few verbs; botocore's errors become ours. The only home of botocore, the floor that boto3 stands on.
+"""The bucket as a few verbs. With store_faults, which says what came back, the only home of botocore, boto3's own floor.
 
 Nothing is retried here: one request, one answer, and whoever called decides what follows (FACTS 24). botocore is
 imported by the first request: with its first client it takes 0.2 s, which `spoold status` would wait for.
@@ -10,19 +10,17 @@ import base64
 import contextlib
 import functools
 import hashlib
-import http.client
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from spoold.digest import FULL_OBJECT, Digester, checksum_of
-from spoold.errors import Changed, ObjectRefused, SpooldError, StoreDenied, StoreUnavailable, Unproven
+from spoold.errors import Changed, SpooldError, StoreDenied, StoreUnavailable, Unproven
 from spoold.model import Digests, Headers, StoredObject
+from spoold.store_faults import answer_unless, demand, fault_of, refuse_pages, safely_said, stay_unless_told_where_to_go
 
 _CHECKSUM_FIELD = {
     "crc32": "ChecksumCRC32",
@@ -84,7 +82,7 @@ class Store:
         what = f"put {key}"
         with self._asking(what) as client:
             answer = client.put_object(Bucket=bucket, Key=key, Body=body, **_kept_with_it(headers), **_to_be_verified(digests))
-            _demand(what, answer, "ETag")
+            demand(what, answer, "ETag")
         stored = _stored(bucket, key, digests.size, headers.content_type, answer, digests.checksum_algorithm)
         is_confirmed = confirms(stored if _has_md5_etag(answer) else replace(stored, etag=""), digests)
         if is_confirmed is False:
@@ -137,10 +135,10 @@ class Store:
         what = f"head {key}"
         mode = {} if self._checksum == "none" else {"ChecksumMode": "ENABLED"}
         with self._asking(what) as client:
-            answer = _unless({"404"}, client.head_object, Bucket=bucket, Key=key, **mode)
+            answer = answer_unless({"404"}, client.head_object, Bucket=bucket, Key=key, **mode)
         if answer is None:
             return None
-        _demand(what, answer, "ETag", "ContentLength")
+        demand(what, answer, "ETag", "ContentLength")
         return _stored(bucket, key, answer["ContentLength"], answer.get("ContentType", ""), answer, self._checksum)
 
     def digest(self, bucket: str, key: str, *, version_id: str | None = None) -> Digests | None:
@@ -149,11 +147,11 @@ class Store:
         version = {"VersionId": version_id} if version_id else {}
         digester = Digester(self._checksum)
         with self._asking(what) as client:
-            answer = _unless({"NoSuchKey", "NoSuchVersion"}, client.get_object, Bucket=bucket, Key=key, **version)
+            answer = answer_unless({"NoSuchKey", "NoSuchVersion"}, client.get_object, Bucket=bucket, Key=key, **version)
             if answer is None:
                 return None
             with contextlib.closing(answer["Body"]) as body:
-                _demand(what, answer, "ETag")
+                demand(what, answer, "ETag")
                 for chunk in body.iter_chunks(_CHUNK_BYTES):
                     digester.update(chunk)
         return digester.digests()
@@ -162,14 +160,14 @@ class Store:
         """Delete a key; that it is not there is fine too."""
         what = f"delete {key}"
         with self._asking(what) as client:
-            _unless({"NoSuchKey"}, client.delete_object, Bucket=bucket, Key=key)
+            answer_unless({"NoSuchKey"}, client.delete_object, Bucket=bucket, Key=key)
 
     def abort(self, bucket: str, key: str, upload_id: str) -> None:
         """Give up a multipart upload; that it is unknown, aborted or complete is fine too."""
         what = f"abort {key}"
         with self._asking(what) as client:
             upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
-            _unless({"NoSuchUpload"}, client.abort_multipart_upload, **upload)
+            answer_unless({"NoSuchUpload"}, client.abort_multipart_upload, **upload)
 
     def probe(self, bucket: str, key: str, headers: Headers) -> None:
         """Put an empty object and delete it: does the destination take what this configuration writes?
@@ -201,11 +199,11 @@ class Store:
                     )
                 except (BotoCoreError, OSError, ValueError) as error:  # no URL; no such credential helper, or no JSON
                     hint = "look at s3.endpoint_url, s3.region, s3.profile and the credentials"
-                    raise StoreDenied(f"connect: {_safe(error)}", hint=hint) from error
+                    raise StoreDenied(f"connect: {safely_said(error)}", hint=hint) from error
                 client.meta.events.register_last("before-call.s3", _send_small_bodies_at_once)
                 # A wildcard's handlers come first, before those that send again.
-                client.meta.events.register("needs-retry.s3.*", _refuse_pages)
-                client.meta.events.register("needs-retry.s3.*", _stay_unless_told_where_to_go)
+                client.meta.events.register("needs-retry.s3.*", refuse_pages)
+                client.meta.events.register("needs-retry.s3.*", stay_unless_told_where_to_go)
                 self._client = client
             return self._client
 
@@ -223,7 +221,7 @@ class Store:
         try:
             yield client
         except Exception as error:
-            fault = _fault(what, error)
+            fault = fault_of(what, error)
             if fault is None:
                 raise
             if isinstance(fault, StoreDenied):
@@ -239,7 +237,7 @@ class Store:
         checksum = {} if algorithm == "none" else {"ChecksumAlgorithm": algorithm.upper(), **_checksum_type(algorithm)}
         with self._asking(what) as client:
             answer = client.create_multipart_upload(Bucket=bucket, Key=key, **_kept_with_it(headers), **checksum)
-            _demand(what, answer, "UploadId")
+            demand(what, answer, "UploadId")
         return str(answer["UploadId"])
 
     def _send(
@@ -256,7 +254,7 @@ class Store:
             upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id, "PartNumber": number}
             with self._asking(what) as client:
                 answer = client.upload_part(**upload, Body=part, **_to_be_verified(part_digests))
-                _demand(what, answer, "ETag")
+                demand(what, answer, "ETag")
             sent.append((answer["ETag"], part_digests))
         if whole.hexdigest() != digests.sha256:
             # The parts' ETags would prove that the wrong bytes arrived well.
@@ -279,7 +277,7 @@ class Store:
             answer: dict[str, Any] = client.complete_multipart_upload(
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": listed}, **whole
             )
-            _demand(what, answer, "ETag")
+            demand(what, answer, "ETag")
         return answer
 
     # Proof
@@ -394,194 +392,3 @@ def _send_small_bodies_at_once(params: dict[str, Any], **_: object) -> None:
     body: Any = params.get("body")
     if hasattr(body, "getbuffer") and body.getbuffer().nbytes <= _SMALL_BYTES:
         params["headers"].pop("Expect", None)
-
-
-# What comes back
-
-
-def _refuse_pages(response: Any, operation: Any, **_: object) -> None:
-    # Of a login page with status 200 botocore makes {}, which is all that DELETE answers, or a 500 if it is no XML.
-    # Only the raw answer still has its status. An object that is read may well be a page.
-    method = operation.http["method"]
-    if response is None or response[0].raw.status != 200 or method in ("GET", "HEAD"):
-        return
-    is_html = response[0].content and "html" in response[0].headers.get("content-type", "")
-    if (is_html and method == "DELETE") or response[1].get("Error", {}).get("Code", "").isdigit():
-        from botocore.parsers import ResponseParserError
-
-        raise ResponseParserError("a page")
-
-
-def _stay_unless_told_where_to_go(request_dict: dict[str, Any], response: Any, **_: object) -> None:
-    # A redirect that names no region makes botocore ask HEAD for it, whose redirect makes it ask again, until the stack
-    # is full: 82 requests for one PUT behind a login page (botocore 1.44.5, November 2026).
-    if response is None:
-        return
-    is_told = "x-amz-bucket-region" in response[1]["ResponseMetadata"].get("HTTPHeaders", {})
-    if not is_told and "Region" not in response[1].get("Error", {}):
-        request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
-
-
-_SOMETHING_ELSE = "something else than S3 answered: look for a proxy or a login page, and at s3.endpoint_url"
-_CREDENTIALS = "renew the credentials; they are read again at the next try"
-_REGION = "the bucket is in another region: set s3.region"
-_PROVIDER = "look at the account with the provider"
-_CLOCK = "this machine's clock is wrong: let NTP set it"
-_BUCKET = "create the bucket, or correct its name"
-_UNKNOWN_WISH = "the server does not know one of the settings below object, or try s3.checksum: none"
-
-_DENIED = {
-    "AccessControlListNotSupported": "the bucket refuses ACLs (BucketOwnerEnforced): set object.acl: null",
-    "AccountProblem": _PROVIDER,
-    "AllAccessDisabled": _PROVIDER,
-    "AuthorizationHeaderMalformed": _REGION,
-    "ExpiredToken": _CREDENTIALS,
-    "IllegalLocationConstraintException": _REGION,
-    "InvalidAccessKeyId": _CREDENTIALS,
-    "InvalidBucketName": _BUCKET,
-    "InvalidSecurity": _CREDENTIALS,
-    "InvalidToken": _CREDENTIALS,
-    "MethodNotAllowed": _SOMETHING_ELSE,
-    "NoSuchBucket": _BUCKET,
-    "NotSignedUp": _PROVIDER,
-    "PermanentRedirect": _REGION,
-    "RequestExpired": _CLOCK,
-    "RequestTimeTooSkewed": _CLOCK,
-    "SignatureDoesNotMatch": "the secret key is wrong, or a proxy changes what is sent",
-    "TokenRefreshRequired": _CREDENTIALS,
-}
-_PERMISSIONS = {
-    "put": "s3:PutObject, and s3:PutObjectAcl or s3:PutObjectTagging where those are set",
-    "head": "s3:GetObject, and s3:ListBucket, without which a missing key is denied",
-    "get": "s3:GetObject",
-    "delete": "s3:DeleteObject",
-    "abort": "s3:AbortMultipartUpload",
-}
-_DAMAGED = {
-    "BadDigest",
-    "IncompleteBody",
-    "InvalidDigest",
-    "InvalidPart",
-    "NoSuchUpload",  # somebody aborted it under us: from the beginning, then
-    "XAmzContentChecksumMismatch",
-    "XAmzContentSHA256Mismatch",
-}
-_REFUSED = {
-    "EntityTooLarge": "more than the server takes in one request: lower upload.multipart_threshold",
-    "InvalidRequest": _UNKNOWN_WISH,
-    "InvalidStorageClass": "correct object.storage_class",
-    "InvalidTag": "correct object.tags",
-    "KeyTooLongError": "a key has at most 1024 bytes",
-    "MetadataTooLarge": "object.metadata may have 2 KB",
-    "NotImplemented": _UNKNOWN_WISH,
-}
-_OURS = ("Object", "MultipartUpload", "UploadPart")
-"""How the names of our operations end; others are botocore's own, when it asks STS or SSO for credentials."""
-
-
-def _demand(what: str, answer: dict[str, Any], *fields: str) -> None:
-    """Raise Unproven unless `answer` has what S3 never leaves away: botocore makes {} of a login page (FACTS 23)."""
-    for field in fields:
-        if not str(answer.get(field, "")).strip('"'):
-            status = answer["ResponseMetadata"]["HTTPStatusCode"]
-            raise Unproven(f"{what}: {status} without {field} proves nothing", hint=_SOMETHING_ELSE)
-
-
-def _unless(codes: set[str], operation: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any] | None:
-    """Return the operation's answer, or None if it is an error with one of these codes."""
-    from botocore.exceptions import ClientError
-
-    try:
-        return operation(**parameters)
-    except ClientError as error:
-        if error.response["Error"].get("Code") in codes:
-            return None
-        raise
-
-
-def _fault(what: str, error: Exception) -> SpooldError | None:
-    """Return the fault of ours that `error` is; None if it is no fault of the store."""
-    import urllib3.exceptions
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
-
-    unknown_name = (urllib3.exceptions.NameResolutionError, socket.gaierror)
-    never_sent = (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyConnectionError)
-    cause = getattr(error, "kwargs", {}).get("error")
-    because = f"{what}: {type(error).__name__}" + (f" ({_last_words(cause)})" if cause else "")
-    match error:
-        case exceptions.ClientError():
-            return _answered(what, error)
-        case ResponseParserError():
-            return Unproven(f"{what}: the answer is not XML as S3 writes it", hint=_SOMETHING_ELSE)
-        case exceptions.EndpointConnectionError() if isinstance(cause, unknown_name):
-            return StoreDenied(because, hint="look at s3.endpoint_url and s3.region, and at this machine's DNS")
-        case exceptions.SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(cause):
-            return StoreDenied(because, hint="make the server's CA known (AWS_CA_BUNDLE), or renew its certificate")
-        case exceptions.ParamValidationError():
-            report = str(error.kwargs.get("report"))
-            if "bucket name" in report.lower():
-                return StoreDenied(f"{what}: {report}", hint=_BUCKET)
-            return ObjectRefused(f"{what}: {report}")
-        case exceptions.ConnectionError() | exceptions.HTTPClientError() | exceptions.IncompleteReadError():
-            return StoreUnavailable(because, never_sent=isinstance(error, never_sent))
-        case urllib3.exceptions.HTTPError():
-            return StoreUnavailable(because)
-        case exceptions.BotoCoreError() | OSError() | ValueError():  # the rest is about credentials, as in `connect`
-            hint = "give boto3 credentials: environment, ~/.aws/credentials, s3.profile, or the machine's role"
-            return StoreDenied(f"{what}: {_safe(error)}", hint=hint)
-    return None
-
-
-def _answered(what: str, error: Any) -> SpooldError:
-    """Return the fault that an answer of the server's is, by its code, else by its status."""
-    metadata = error.response["ResponseMetadata"]
-    status = int(metadata["HTTPStatusCode"])
-    code = str(error.response["Error"].get("Code") or status)
-    is_ours = error.operation_name.endswith(_OURS)  # else ours was never sent
-    is_s3s = not code.isdigit()  # else there was no S3 error document: a HEAD, or not S3
-    says = code if is_s3s else http.client.responses.get(status, "")
-    because = f"{what}: {status} {says}" if is_ours else f"{what}: {error.operation_name}: {status} {says}"
-    if code in _DAMAGED:
-        return Unproven(because)
-    if code in _DENIED:
-        return StoreDenied(because, hint=_DENIED[code])
-    if status in (401, 403) or code == "AccessDenied":  # without 403 after a 200, when an upload is completed
-        needs = _PERMISSIONS.get(what.split(" ", 1)[0], "")
-        return StoreDenied(because, hint=f"the credentials need {needs}" if is_ours else _CREDENTIALS)
-    is_busy = status in (307, 408, 409, 429) or (status >= 500 and status != 501)
-    if is_busy or code == "RequestTimeout" or "Throttl" in code:  # both can come with 400
-        retry_after_s = _retry_after_s(metadata.get("HTTPHeaders", {}))
-        return StoreUnavailable(because, retry_after_s=retry_after_s, never_sent=not is_ours)
-    if status in (301, 400) and what.startswith("head "):
-        return StoreDenied(because, hint=f"HEAD gives no reason: {_CREDENTIALS}; or {_REGION}")
-    if code.startswith("KMS."):
-        return StoreDenied(because, hint="look at the bucket's KMS key and who may use it")
-    if not is_ours or status < 400 or status in (404, 405) or (not is_s3s and status != 413):
-        return StoreDenied(because, hint=_SOMETHING_ELSE if is_ours else _CREDENTIALS)
-    message = str(error.response["Error"].get("Message", ""))[:200]
-    return ObjectRefused(f"{because}: {message}" if message else because, hint=_REFUSED.get(code, ""))
-
-
-def _retry_after_s(headers: dict[str, str]) -> float | None:
-    """Return what the server asked for; a date counts from the answer's own, whatever our clock says."""
-    value = headers.get("retry-after", "")
-    if value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - parsedate_to_datetime(headers["date"])).total_seconds())
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _last_words(cause: BaseException) -> str:
-    """Return the end of what urllib3 says of a fault, which is what the system said: "Connection refused"."""
-    while inner := next((arg for arg in cause.args if isinstance(arg, BaseException)), None):
-        cause = inner
-    return str(cause).rpartition(": ")[2]
-
-
-def _safe(error: Exception) -> str:
-    """Return the message of an error, or only its name if the output of a credential helper may be in it."""
-    name = type(error).__name__
-    return name if name in ("CredentialRetrievalError", "TokenRetrievalError") else f"{name}: {error}"

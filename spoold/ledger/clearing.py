@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,20 @@ class Clearing(Walking):
                 intent.c.record_key == mine.batch.record_key, intent.c.key.in_(list(keys)), intent.c.doubt_at <= before
             )
             change.execute(update(intent).where(where).values(doubt_at=None))
+
+    def shorten_waits(self, spool: str, *, keep_for_s: float, at_most_s: Mapping[str, float]) -> None:
+        """Let nothing wait longer than the settings say; they may be others than when the wait began.
+
+        keep_for_s: counts from the moment a batch was stored. at_most_s: from now on, by what is waited for.
+        """
+        here = batch.c.record_key.in_(select(record.c.id).where(record.c.spool == spool))
+        with self.write() as change:
+            due_at = batch.c.stored_moment + keep_for_s
+            kept = and_(here, batch.c.state == State.STORED, batch.c.waiting_for == "keep_for", batch.c.due_at > due_at)
+            change.execute(update(batch).where(kept).values(due_at=due_at))
+            for waiting_for, seconds in at_most_s.items():
+                waits = and_(here, batch.c.waiting_for == waiting_for, batch.c.due_at > change.now + seconds)
+                change.execute(update(batch).where(waits).values(due_at=change.now + seconds))
 
     # Letting go
 

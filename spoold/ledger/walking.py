@@ -314,7 +314,7 @@ class Walking(Watching):
     def defer(self, mine: Claim, fault: SpooldError, due_in_s: float) -> None:
         """Later again: an attempt is spent."""
         with self.write() as change:
-            self._demand(change, mine, even_superseded=True)
+            self._demand(change, mine)
             attempt = mine.batch.attempts + 1
             self._end(
                 change, mine, due_at=change.now + due_in_s, waiting_for="retry", attempts=attempt,

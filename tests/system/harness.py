@@ -257,11 +257,11 @@ class Daemon:
         line: dict[str, Any] = until(found, f"{name} {keys}", timeout_s=timeout_s)
         return line
 
-    def demand_legal_path(self, record: str) -> list[str]:
-        """Check that the record's lines are a legal path, and return their events."""
+    def demand_legal_path(self, record: str, *, after: str | None = None) -> list[str]:
+        """Check that the record's lines are a legal path, and return their events. after: the last of the daemon before."""
         told = set().union(*ALLOWED_NEXT.values())
         path = [line["event"] for line in self.lines() if line.get("record") == record and line["event"] in told]
-        before: str | None = None
+        before = after
         for event in path:
             assert event in ALLOWED_NEXT[before], f"{event} after {before} in {path}"
             before = event

@@ -1,0 +1,61 @@
+"""The documents tell the truth: their links lead somewhere, their configurations load, their commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click import Command
+
+from spoold import config
+from spoold.cli import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+
+    assert [] == [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(r"`spoold ([a-z]+)", page.read_text())) | set(re.findall(r"^    spoold ([a-z]+)", page.read_text(), re.M))
+
+    assert set() == named - set(cli.commands)
+
+
+def test_the_readme_s_spool_is_all_that_must_be_written() -> None:
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+    assert "uploads" == config.parse(block).spools[0].name
+
+
+PATHS = re.findall(r"^\|[^|]+\| `(/[^`]+)` \| `\"([^\"]+)\"`(.*)\|$", (ROOT / "docs/paperclip.md").read_text(), re.M)
+
+
+def test_the_table_of_paperclip_s_paths_was_found() -> None:
+    assert 4 == len(PATHS)
+
+
+@pytest.mark.parametrize(("root", "path", "rest"), PATHS)
+def test_every_path_of_the_paperclip_page_is_accepted(root: str, path: str, rest: str) -> None:
+    spool = {"name": "uploads", "root": root, "path": path, "bucket": "my-app-uploads"}
+    spool["key"] = path.split("public/system/")[-1].split("spool/")[-1]
+    if match := re.search(r"rails_root: (\S+?)`", rest):
+        spool["rails_root"] = match[1]
+
+    settings = config.parse(yaml.safe_dump({"spools": [spool]}))
+
+    assert settings.spools[0].layout().tail in (1, 2)
+
+
+def test_every_command_teaches() -> None:
+    for name, command in cli.commands.items():
+        assert isinstance(command, Command)
+        assert len(command.help or "") > 60, f"{name} says too little"
