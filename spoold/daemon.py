@@ -196,7 +196,8 @@ class Daemon:
             log.error("daemon.crashed", error=type(self._crash).__name__, detail=str(self._crash), exc_info=self._crash)
             return CRASHED
         self._pool.shutdown(wait=code != LEFT, cancel_futures=True)
-        self._owner.close()
+        if code != LEFT or self._once:  # else threads of ours live on, and what they claimed is free when the process ends
+            self._owner.close()
         self._store.close()
         self._ledger.close()
         log.info("daemon.drained")

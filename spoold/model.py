@@ -79,7 +79,10 @@ class Oddity:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A record's files at one moment. `marker` is the file that declares the record finished, if there is one."""
+    """A record's files at one moment. `marker` is the file that declares the record finished, if there is one.
+
+    hides: a part of it could not be looked at, so that what is not seen need not be gone.
+    """
 
     record: str
     attachment: str
@@ -87,6 +90,7 @@ class Snapshot:
     files: tuple[SpooledFile, ...]
     marker: SpooledFile | None = None
     oddities: tuple[Oddity, ...] = ()
+    hides: bool = False
 
 
 def fingerprint(files: Iterable[SpooledFile]) -> str:
@@ -220,6 +224,7 @@ class Put:
     body: the hashed bytes where they were small enough to keep, else None: they are read again and compared.
     intent: the ledger's row for it; 0 before it is written.
     adopted: the object that holds these bytes already; nothing is sent then.
+    abandoned: multipart uploads to this key that a walk before this one began and did not end.
     """
 
     file: BatchFile
@@ -231,6 +236,7 @@ class Put:
     body: bytes | None = field(default=None, repr=False)
     intent: int = 0
     adopted: StoredObject | None = None
+    abandoned: tuple[str, ...] = ()
 
 
 class Answer(StrEnum):

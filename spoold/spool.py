@@ -11,12 +11,16 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from spoold.errors import BadPath, Changed, SpoolBroken, SpooldError, Vanished
 from spoold.layout import Layout
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
+
+T = TypeVar("T")
 
 ASIDE = "aside"
 KEPT = "kept"
@@ -25,6 +29,8 @@ _OWNER = "owner"
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "afs")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_UNREADABLE = "the daemon's user may not read it"
+_MOUNTED = "another filesystem is mounted there"
 
 
 class Spool:
@@ -60,11 +66,13 @@ class Spool:
         try:
             device = os.fstat(fd).st_dev
             for part in filter(None, path.split("/")):
+                if part == "..":
+                    raise Vanished(f"open {path}: it leads out of the spool")
                 inner = os.open(part, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = inner
                 if os.fstat(fd).st_dev != device:
-                    raise Vanished(f"open {path}: another filesystem is mounted there")
+                    raise Vanished(f"open {path}: {_MOUNTED}")
         except OSError as error:
             os.close(fd)
             raise fault_of(error, "open", path) from error
@@ -115,7 +123,7 @@ class Spool:
         try:
             with self.directory(parent) as directory:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except Vanished:
+        except (Vanished, FileNotFoundError):
             return None
         return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
@@ -136,7 +144,7 @@ class Spool:
         oddities: list[Oddity] = []
         markers: list[SpooledFile] = []
         attachment, record_id = "", record
-        for found in self._found_in(record):
+        for found in self._walked(record, lambda fd, path: self._files_below(fd, path, self.layout.tail)):
             if isinstance(found, Oddity):
                 oddities.append(found)
                 continue
@@ -151,16 +159,9 @@ class Spool:
             attachment, record_id = place.attachment, place.record_id
             files.append(SpooledFile(path, place.style, place.basename, place.filename, identity))
         files.sort(key=lambda file: file.path)
-        return Snapshot(record, attachment, record_id, tuple(files), markers[0] if markers else None, tuple(oddities))
-
-    def _found_in(self, record: str) -> Iterator[tuple[str, Identity] | Oddity]:
-        try:
-            with self.directory(record) as top:
-                yield from self._files_below(top, record, self.layout.tail)
-        except Vanished:
-            return
-        except BadPath as why:
-            yield Oddity(record, str(why))
+        hides = any(oddity.reason in (_UNREADABLE, _MOUNTED) for oddity in oddities)
+        marker = markers[0] if markers else None
+        return Snapshot(record, attachment, record_id, tuple(files), marker, tuple(oddities), hides)
 
     def _files_below(self, fd: int, path: str, depth: int) -> Iterator[tuple[str, Identity] | Oddity]:
         """Yield each regular file at most `depth` levels below, and whatever else is odd there."""
@@ -174,6 +175,8 @@ class Spool:
                 try:
                     with self._inner(fd, entry.name, where) as inner:
                         yield from self._files_below(inner, where, depth - 1)
+                except BadPath:
+                    yield Oddity(where, _UNREADABLE)
                 except Vanished as why:
                     if os.path.lexists(self.root / where):
                         yield Oddity(where, str(why))
@@ -192,13 +195,18 @@ class Spool:
 
         A record may be yielded more than once. Raises SpoolBroken as `look` does.
         """
+        yield from self._walked(below, self._records)
+
+    def _walked(self, path: str, walk: Callable[[int, str], Iterator[T | Oddity]]) -> Iterator[T | Oddity]:
+        """Yield what `walk` finds in a directory: nothing if it is not there, an Oddity if it may not be read."""
         try:
-            with self.directory(below) as fd:
-                yield from self._records(fd, below)
-        except Vanished:
-            return
-        except BadPath as why:
-            yield Oddity(below, str(why))
+            with self.directory(path) as fd:
+                yield from walk(fd, path)
+        except Vanished as why:
+            if str(why).endswith(_MOUNTED):
+                yield Oddity(path, _MOUNTED)
+        except BadPath:
+            yield Oddity(path, _UNREADABLE)
 
     def _records(self, fd: int, path: str) -> Iterator[str | Oddity]:
         last: list[str] = []
@@ -214,6 +222,8 @@ class Spool:
                 try:
                     with self._inner(fd, entry.name, where) as inner:
                         yield from self._records(inner, where)
+                except BadPath:
+                    yield Oddity(where, _UNREADABLE)
                 except Vanished as why:
                     if os.path.lexists(self.root / where):
                         yield Oddity(where, str(why))
@@ -240,16 +250,14 @@ class Spool:
 
     @contextlib.contextmanager
     def _inner(self, fd: int, name: str, path: str) -> Iterator[int]:
-        """Yield a descriptor of a directory inside another; Vanished as in `directory`, also where it may not be read."""
+        """Yield a descriptor of a directory inside another; Vanished as in `directory`, BadPath if it may not be read."""
         try:
             inner = os.open(name, _DIRECTORY, dir_fd=fd)
-        except PermissionError as error:
-            raise Vanished("the daemon's user may not read it") from error
         except OSError as error:
             raise fault_of(error, "open", path) from error
         try:
             if os.fstat(inner).st_dev != os.fstat(fd).st_dev:
-                raise Vanished("another filesystem is mounted there")
+                raise Vanished(_MOUNTED)
             yield inner
         finally:
             os.close(inner)
@@ -298,7 +306,7 @@ class Spool:
         """Write the owner's mark if there is none, whole or not at all, and return whose it is."""
         mark = self.house / _OWNER
         if not mark.exists():
-            draft = self.house / f"{_OWNER}.{os.getpid()}"
+            draft = self.house / f"{_OWNER}.{uuid.uuid4()}"  # threads of one daemon may be here at once
             with open(draft, "w") as file:
                 file.write(ledger_id + "\n")
                 file.flush()

@@ -190,6 +190,9 @@ class Uploader:
 
     def _put(self, put: Put, on_upload: Callable[[Put, str], None]) -> PutResult:
         """One attempt: a few tries within seconds, ending at once when the daemon drains."""
+        for upload_id in put.abandoned:  # its parts cost money until somebody aborts it
+            with contextlib.suppress(SpooldError):
+                self._store.abort(put.bucket, put.key, upload_id)
         if put.adopted is not None:
             return PutResult(put, Answer.CONFIRMED, put.adopted)
         doubt_at: float | None = None

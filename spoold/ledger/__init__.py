@@ -2,7 +2,7 @@
 
 The ledger is the queue: bounded by disk, ordered by due time, shared by several daemons, there after a crash. State says
 what is true of the data; a claim says who is at it. One class in layers, a file for each of those who use it: the watcher
-(`watching`), a walk (`walking`), cleanup (`clearing`), people and programs (`looking`).
+(`watching`), workers (`claiming`), a walk (`walking`), cleanup (`clearing`), people and programs (`looking`).
 """
 
 from spoold.ledger.clearing import Aside, Proof, ReplacedKey

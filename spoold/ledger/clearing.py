@@ -8,8 +8,9 @@ from typing import Any
 
 from sqlalchemy import and_, delete, exists, func, insert, select, update
 
-from spoold.ledger.schema import batch, batch_file, claim, intent, key_owner, object_, record, replaced
-from spoold.ledger.walking import Walking, batch_file_of
+from spoold.ledger.claiming import batch_file_of
+from spoold.ledger.schema import batch, batch_file, intent, key_owner, object_, record, replaced
+from spoold.ledger.walking import Walking
 from spoold.model import Answer, BatchFile, Claim, Identity, State
 
 
@@ -207,35 +208,6 @@ class Clearing(Walking):
                 Aside(row.record_key, row.record_path, row.batch_id, row.stored_moment is not None, batch_file_of(row))
                 for row in connection.execute(statement)
             ]
-
-    def claim_record(self, record_key: int, owner: str, *, lease_s: float) -> int | None:
-        """Claim a record without a batch, to recover or to remove what is its; None if somebody else is at it.
-
-        Returns the claim's fence, for `release_record`.
-        """
-        with self.write() as change:
-            held_by = change.execute(select(claim).where(claim.c.record_key == record_key)).first()
-            if held_by is not None and change.now < held_by.until <= change.now + 2 * lease_s:
-                return None
-            self._take_over(change, record_key)
-            fence = change.execute(select(record.c.fence).where(record.c.id == record_key)).scalar_one() + 1
-            change.execute(update(record).where(record.c.id == record_key).values(fence=fence))
-            row = {
-                "record_key": record_key,
-                "batch_id": None,
-                "owner": owner,
-                "fence": fence,
-                "until": change.now + lease_s,
-            }
-            change.execute(insert(claim), row)
-            return int(fence)
-
-    def release_record(self, record_key: int, owner: str, fence: int) -> None:
-        """Give back what `claim_record` gave."""
-        with self.write() as change:
-            change.execute(
-                delete(claim).where(claim.c.record_key == record_key, claim.c.owner == owner, claim.c.fence == fence)
-            )
 
     # Replaced keys
 

@@ -24,6 +24,7 @@ QUICK: dict[str, Any] = {  # what a test has no time for; contract, section 2
     "complete": {"settle": "200ms"},
     "cleanup": {"min_age": "300ms", "grace": "200ms", "keep_empty_dirs_for": "300ms"},
 }
+BRISK = {"spoold.daemon._IDLE_S": 0.1}  # how often an idle worker looks for what is due; 1 s otherwise
 ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow which
     None: {"record.seen"},
     "record.seen": {"record.stalled", "record.gone", "batch.settled", "batch.superseded", "record.seen"},

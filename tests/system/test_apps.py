@@ -17,12 +17,12 @@ import pytest
 from tests.paperclip import App, How, interpolate, picture
 from tests.proxy import FaultProxy, Hold
 from tests.servers import MotoServer, RcloneServer
-from tests.system.harness import Daemon, Site, until
+from tests.system.harness import BRISK, Daemon, Site, until
 
 RECORD = "avatars/42"
 THUMB: dict[str, Any] = {"complete": {"styles": ["thumb"]}}
-OFTEN = {"spoold.daemon._REMOVE_EVERY_S": 0.2}  # how often replaced keys are removed; 5 s otherwise
-SOON = {"spoold.cleanup._OPEN_AGAIN_S": 0.3}  # how soon a file that is open for writing is looked at again; 15 s otherwise
+OFTEN = {**BRISK, "spoold.daemon._REMOVE_EVERY_S": 0.2}  # how often replaced keys are removed; 5 s otherwise
+SOON = {**BRISK, "spoold.cleanup._OPEN_AGAIN_S": 0.3}  # how soon a file that is open for writing is looked at again; 15 s otherwise
 
 
 def photo(seed: int) -> bytes:
@@ -79,7 +79,7 @@ def test_a_slow_copy_with_an_old_mtime_is_never_published_half(
     files = {"original": photo(1), "thumb": os.urandom(40_000)}  # one has no end to look for
     written = at(RECORD, "me.jpg", files)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", files, how="copy", slow=0.3)
         until(lambda: not site.files(), "everything has gone up")
         site.until_state(RECORD, "done")
@@ -99,7 +99,7 @@ def test_what_opens_its_file_anew_for_each_piece_is_never_published_half(
     path = site.root / RECORD / "original" / "me.jpg"
     path.parent.mkdir(parents=True)
 
-    with site.daemon():
+    with site.daemon(constants=BRISK):
         for start in range(0, len(content), len(content) // 3 + 1):
             with path.open("ab") as file:
                 file.write(content[start : start + len(content) // 3 + 1])
@@ -118,7 +118,7 @@ def test_an_app_that_renames_its_files_into_place(
     site = Site(tmp_path, rclone_server, endpoint_url=proxy.endpoint_url, spool=THUMB)
     written = at(RECORD, "me.jpg", both(1))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", both(1), how=how)
         site.until_state(RECORD, "done")
         until(lambda: site.directories() == {"avatars"}, "the record's directories are gone")
@@ -139,7 +139,7 @@ def test_whole_trees_that_are_moved_in_from_outside_go_up(rclone_server: RcloneS
         written |= at(f"{attachment}/{record}", "me.jpg", both(record))
     (site.root / "avatars").mkdir()
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         (outside.root / "avatars" / "42").rename(site.root / "avatars" / "42")
         (outside.root / "covers").rename(site.root / "covers")
         for record in ("avatars/42", "covers/7", "covers/8"):
@@ -156,7 +156,7 @@ def test_an_original_that_is_a_hard_link_leaves_the_apps_own_file_alone(rclone_s
     library.write_bytes(photo(1))
     linked = site.root / RECORD / "original" / "me.jpg"
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         linked.parent.mkdir(parents=True)
         os.link(library, linked)
         site.until_state(RECORD, "done")
@@ -177,7 +177,7 @@ def test_a_file_that_is_replaced_before_its_upload_is_never_sent(
     app = App(site.root)
     written = at(RECORD, "me.jpg", both(2))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", {"original": both(1)["original"]})
         site.until_state(RECORD, "receiving")
         app.replace("avatars", 42, "me.jpg", "me.jpg", both(2))
@@ -199,7 +199,7 @@ def test_a_file_that_is_replaced_during_its_upload_is_followed_by_the_new_one(
     gate = threading.Event()
     proxy.on("PUT", "/original/", Hold(gate), times=1)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         proxy.await_seen("PUT", "/original/")
         app.replace("avatars", 42, "me.jpg", "me.jpg", both(2))
@@ -219,7 +219,7 @@ def test_a_file_that_is_replaced_after_its_upload_is_the_next_version(rclone_ser
     site = Site(tmp_path, rclone_server, spool=THUMB)
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         until_version(site, 1)
         app.replace("avatars", 42, "me.jpg", "me.jpg", both(2))
@@ -237,7 +237,7 @@ def test_a_file_that_is_replaced_while_the_old_one_lies_aside_goes_up_and_nothin
     site = Site(tmp_path, rclone_server, spool={**THUMB, "cleanup": {"grace": "1500ms"}})
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         until(lambda: 2 == len(site.aside()), "both files are set aside")
         app.save("avatars", 42, "me.jpg", both(2))
@@ -258,7 +258,7 @@ def test_the_same_bytes_written_again_are_adopted_without_a_put_and_are_no_new_v
     app = App(site.root)
     written = at(RECORD, "me.jpg", both(1))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         for count in (1, 2):
             app.save("avatars", 42, "me.jpg", both(1))
             daemon.until_event("record.cleared", count=count, record=RECORD)
@@ -320,7 +320,7 @@ def test_rule_7_a_name_that_comes_back_is_live_again_and_stays(rclone_server: Rc
     app = App(site.root)
     first, second = at(RECORD, "first.jpg", both(1)), at(RECORD, "second.jpg", both(2))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "first.jpg", both(1))
         daemon.until_event("record.cleared", record=RECORD)
         app.replace("avatars", 42, "first.jpg", "second.jpg", both(2))
@@ -394,7 +394,7 @@ def test_rule_3_a_style_without_an_original_anywhere_waits_for_it(rclone_server:
     site = Site(tmp_path, rclone_server, spool=THUMB)
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", {"thumb": both(1)["thumb"]})
         site.until_state(RECORD, "receiving")
         until(lambda: "no original" in site.spoold("why", RECORD).stdout, "why says what it waits for")
@@ -435,7 +435,7 @@ def test_a_record_that_never_completes_stalls_once_stays_and_goes_up_when_it_com
     site = Site(tmp_path, rclone_server, spool={"complete": {"styles": ["thumb"], "within": "500ms"}, "sweep_every": "200ms"})
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", {"original": both(1)["original"]})
         stalled = site.until_state(RECORD, "stalled")
         sweeps = len(daemon.events("sweep.finished"))
@@ -463,7 +463,7 @@ def test_rule_1_a_rolled_back_saves_basename_waits_without_holding_back_the_othe
     app = App(site.root)
     orphan = {f"{RECORD}/original/orphan.jpg": photo(9)}
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "orphan.jpg", {"original": photo(9)})
         site.until_state(RECORD, "receiving")
         app.save("avatars", 42, "me.jpg", both(1))
@@ -492,7 +492,7 @@ def test_rule_1_the_waiting_basename_may_go_away_again(rclone_server: RcloneServ
     site = Site(tmp_path, rclone_server, spool=THUMB)
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "orphan.jpg", {"original": photo(9)})
         app.save("avatars", 42, "me.jpg", both(1))
         daemon.until_event("record.cleared", record=RECORD)
@@ -510,7 +510,7 @@ def test_a_record_that_the_app_destroys_before_its_upload_is_gone(rclone_server:
     site = Site(tmp_path, rclone_server, spool=THUMB)
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", {"original": photo(1)})
         site.until_state(RECORD, "receiving")
         app.destroy("avatars", 42, "me.jpg")
@@ -535,7 +535,7 @@ def test_a_record_that_the_app_destroys_during_its_upload_is_gone(
     gate = threading.Event()
     proxy.on("PUT", "/original/", Hold(gate), times=1)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         proxy.await_seen("PUT", "/original/")
         app.destroy("avatars", 42, "me.jpg")
@@ -555,7 +555,7 @@ def test_a_root_that_vanishes_and_returns_is_served_again(rclone_server: RcloneS
     site = Site(tmp_path, rclone_server, spool=THUMB)
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         site.until_state(RECORD, "done")
         shutil.rmtree(site.root)
@@ -577,7 +577,7 @@ def test_a_root_that_is_replaced_at_once_is_served_again(rclone_server: RcloneSe
     new = App(tmp_path / "new")
     new.save("avatars", 42, "me.jpg", both(1))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         site.root.rename(tmp_path / "old")
         new.root.rename(site.root)
         daemon.until_event("watch.restarted")
@@ -603,7 +603,7 @@ def test_a_capistrano_root_is_a_link_that_moves_from_release_to_release(rclone_s
     site = Site(tmp_path, rclone_server, spool={**THUMB, "root": str(current / "public" / "system")})
     site.root = current / "public" / "system"
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", both(1))
         site.until_state(RECORD, "done")
         (tmp_path / "next").symlink_to(tmp_path / "releases" / "2")
@@ -628,7 +628,7 @@ def test_odd_names_go_up_under_exactly_these_names(moto_server: MotoServer, tmp_
     site = Site(tmp_path, moto_server, spool={"path": template, "key": template})
     written = {f"avatars/{number}/original/{name}": photo(number) for number, name in enumerate(ODD_NAMES)}
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         for path, content in written.items():
             (site.root / path).parent.mkdir(parents=True)
             (site.root / path).write_bytes(content)
@@ -652,7 +652,7 @@ def test_paperclips_default_layout_works(id: int, rclone_server: RcloneServer, t
     }  # fmt: skip
     record = os.path.dirname(os.path.dirname(next(iter(written))))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root, DEFAULT_LAYOUT).save("avatars", id, "me.jpg", both(1))
         row = site.until_state(record, "done")
         until(lambda: site.directories() == {"users", "users/avatars"}, "the record's directories are gone")
@@ -669,7 +669,7 @@ def test_a_key_with_the_originals_fingerprint_also_for_styles_made_later(rclone_
     app = App(site.root)
     fingerprint = hashlib.md5(both(1)["original"]).hexdigest()
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", {"original": both(1)["original"]})
         until_version(site, 1)
         app.save("avatars", 42, "me.jpg", {"thumb": both(1)["thumb"]})
@@ -685,7 +685,7 @@ def test_attachments_with_only_an_original_go_up_beside_others(rclone_server: Rc
     site = Site(tmp_path, rclone_server, spool={"complete": {"styles": {"avatars": ["thumb"], "default": []}}})
     app = App(site.root)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "me.jpg", both(1))
         app.save("documents", 7, "cv.pdf", {"original": b"%PDF-1.4 %%EOF"})
         site.until_state(RECORD, "done")
@@ -700,7 +700,7 @@ def test_a_layout_without_styles_works(rclone_server: RcloneServer, tmp_path: Pa
     site = Site(tmp_path, rclone_server, spool={"path": "documents/:id/:filename", "key": "documents/:id/:filename"})
     written = {"documents/7/cv.pdf": b"%PDF-1.4 %%EOF", "documents/7/cv.txt": b"I was born"}
 
-    with site.daemon():
+    with site.daemon(constants=BRISK):
         (site.root / "documents" / "7").mkdir(parents=True)
         for path, content in written.items():
             (site.root / path).write_bytes(content)
@@ -719,7 +719,7 @@ def test_two_spools_do_not_get_in_each_others_way(rclone_server: RcloneServer, t
     site.settings["spools"].append({**second.settings["spools"][0], **THUMB, "name": "second"})
     site.write_config()
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(second.root).save("avatars", 42, "me.jpg", both(2))
         daemon.until_event("spool.held", spool="second")
         App(site.root).save("avatars", 42, "me.jpg", both(1))
@@ -755,12 +755,12 @@ def test_without_cleanup_it_is_a_copy_and_nothing_is_touched(
     )  # fmt: skip
     written = at(RECORD, "me.jpg", both(1))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", both(1))
         before = looks(site.root)
         row = site.until_state(RECORD, "done")
         daemon.demand_legal_path(RECORD)
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         daemon.until_event("sweep.finished")
         why = site.spoold("why", f"{RECORD}/original/me.jpg").stdout
 
@@ -777,7 +777,7 @@ def test_keep_for_keeps_local_files_for_a_while_after_their_upload(rclone_server
     site = Site(tmp_path, rclone_server, spool={**THUMB, "cleanup": {"keep_for": "2s"}})
     written = at(RECORD, "me.jpg", both(1))
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", both(1))
         row = site.until_state(RECORD, "uploaded")
         files = site.files()
@@ -817,7 +817,7 @@ def test_a_file_that_is_open_for_writing_waits_until_it_is_closed(rclone_server:
     linked = site.root / RECORD / "original" / "me.jpg"
     linked.parent.mkdir(parents=True)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         with opened(library):
             os.link(library, linked)
             site.until_state(RECORD, "receiving")
@@ -839,7 +839,7 @@ def test_rule_4_a_file_rewritten_with_its_old_mtime_is_new(rclone_server: Rclone
     first, second = b"first " * 1000, b"secnd " * 1000
     [path] = App(site.root).save("avatars", 42, "me.jpg", {"original": first}).values()
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         site.until_state(RECORD, "uploaded")
         before = path.stat()
         with opened(path) as file:
@@ -856,7 +856,7 @@ def test_rule_4_a_file_rewritten_with_its_old_mtime_is_new(rclone_server: Rclone
 def test_rule_4_a_file_with_an_mtime_far_in_the_future_goes_up_at_once(rclone_server: RcloneServer, tmp_path: Path) -> None:
     site = Site(tmp_path, rclone_server)
 
-    with site.daemon():
+    with site.daemon(constants=BRISK):
         [path] = App(site.root).save("avatars", 42, "me.jpg", {"original": photo(1)}).values()
         os.utime(path, (4e9, 4e9))
         site.until_state(RECORD, "done")
@@ -921,7 +921,7 @@ def test_rule_9_what_comes_back_to_a_taken_name_is_kept_and_shown(rclone_server:
     app = App(site.root)
     first, late, newest = b"first " * 1000, b"late  " * 1000, b"newest" * 1000
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         app.save("avatars", 42, "notes.txt", {"original": first})
         until(site.aside, "the file is set aside")
         [path] = site.aside()
@@ -959,7 +959,7 @@ def test_rule_10_strangers_files_stand_untouched_and_so_do_root_and_attachment(
         (site.root / path).mkdir(parents=True)
     before = {path: look for path, look in looks(site.root).items() if path in strangers}
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         for record in (42, 43):
             App(site.root).save("avatars", record, "me.jpg", both(record))
             site.until_state(f"avatars/{record}", "done")
@@ -981,7 +981,7 @@ def test_rule_10_strangers_files_stand_untouched_and_so_do_root_and_attachment(
 def test_rule_10_the_last_record_leaves_root_and_attachment_standing(rclone_server: RcloneServer, tmp_path: Path) -> None:
     site = Site(tmp_path, rclone_server)
 
-    with site.daemon() as daemon:
+    with site.daemon(constants=BRISK) as daemon:
         App(site.root).save("avatars", 42, "me.jpg", {"original": photo(1)})
         until(lambda: (site.root / RECORD).exists(), "the record is written")
         site.until_state(RECORD, "done")
