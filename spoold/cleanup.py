@@ -277,12 +277,18 @@ class Cleaner:
         return Due(_OPEN_AGAIN_S, "open") if still_ours else None
 
     def _give_back(self, batch: int, record: str, file: BatchFile, reason: str) -> bool:
-        """Put a file back to its place, or into `kept/` if that is taken; say whether it is still what was stored."""
+        """Put a file back to its place, or into `kept/` if that is taken; say whether it is still what was stored.
+
+        A newer version takes the place also when it lies aside itself, or is gone: the older one must not follow it up.
+        """
         assert file.aside_name is not None, "it lies aside"
         name, path = file.aside_name, file.file.path
         self._aside_since.pop(name, None)
         identity = None
-        if self._back_to(path, name):
+        if self._ledger.has_newer(batch, path):
+            self._keep(name)
+            reason = f"{reason}; a newer version of it was accepted since, so it lies in {HOUSE}/{KEPT}/{name}"
+        elif self._back_to(path, name):
             with contextlib.suppress(SpooldError), self._spool.directory(os.path.dirname(path)) as directory:
                 fd = open_regular(directory, os.path.basename(path), path)
                 try:
@@ -313,9 +319,12 @@ class Cleaner:
                     break
                 except (Vanished, FileNotFoundError):
                     continue  # somebody removes directories at this moment
-            with self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
-                rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)
-            return False
+        self._keep(name)
+        return False
+
+    def _keep(self, name: str) -> None:
+        with self._aside() as aside, self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
+            rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)
 
     def _make_way(self, path: str) -> None:
         """Make the directories of `path` that are missing."""
@@ -439,14 +448,18 @@ class Cleaner:
 class Remover:
     """Deletes keys that a newer original replaced, from the ledger's list, never by listing a bucket (rule 7).
 
-    stores: spool → store. limits: spool → deletions an hour.
+    stores: spool → store. limits: spool → deletions an hour. demand_claim: as the Cleaner's.
     """
 
-    def __init__(self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str) -> None:
+    def __init__(
+        self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str,
+        demand_claim: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._ledger = ledger
         self._stores = stores
         self._limits = limits
         self._owner = owner
+        self._demand_claim = demand_claim
         self._blown: set[str] = set()
 
     def remove_due(self, *, lease_s: float, held: set[str]) -> int:
@@ -477,6 +490,7 @@ class Remover:
             if intent is None:
                 return False
             try:
+                self._demand_claim()
                 self._stores[key.spool].delete(key.bucket, key.key)
             except (StoreUnavailable, Unproven) as why:
                 is_unsent = getattr(why, "never_sent", False)

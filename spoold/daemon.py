@@ -82,7 +82,7 @@ class Daemon:
         )  # fmt: skip
         self._remover = Remover(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
-            limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools},
+            limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools}, demand_claim=self._owner.demand,
         )  # fmt: skip
 
     # Building
@@ -125,6 +125,7 @@ class Daemon:
         uploader = Uploader(
             spool=self._spools[spool.name], store=self._store, destination=self._destination(spool), pool=self._pool,
             budget=self._budget, bandwidth=self._bandwidth, clock=self._clock, stop=self._stop,
+            demand_claim=self._owner.demand,
         )  # fmt: skip
         return Parts(
             spool=self._spools[spool.name], uploader=uploader, cleaner=self._cleaners[spool.name],
@@ -259,15 +260,10 @@ class Daemon:
                 with self._work:
                     self._busy += 1
                 try:
-                    claim = self._ledger.claim(
-                        self._owner.name,
-                        self._spools,
-                        lease_s=LEASE_S,
-                        crashes=self._settings.upload.retry.crashes,
-                        uploads_first=uploads_first,
-                    )
-                    if claim is not None:
-                        self._pipeline.walk(claim)
+                    with self._owner.at_work() as may_claim:
+                        claim = self._claim(uploads_first) if may_claim else None
+                        if claim is not None:
+                            self._pipeline.walk(claim)
                 finally:
                     with self._work:
                         self._busy -= 1
@@ -281,6 +277,12 @@ class Daemon:
                 with self._work:
                     if not self._stop.is_set():
                         self._work.wait(0.1 if self._once else _IDLE_S)
+
+    def _claim(self, uploads_first: bool) -> Claim | None:
+        crashes = self._settings.upload.retry.crashes
+        return self._ledger.claim(
+            self._owner.name, self._spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first
+        )
 
     def _renew(self, done: threading.Event) -> None:
         """Keep our claims alive; without this they run out and others take over."""
@@ -309,7 +311,9 @@ class Daemon:
                 self._holds.probe_due()
                 if now >= remove_at and not self._stop.is_set():
                     remove_at = now + _REMOVE_EVERY_S
-                    self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
+                    with self._owner.at_work() as may_claim:
+                        if may_claim:
+                            self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
                 if now >= prune_at:
                     prune_at = now + _PRUNE_EVERY_S
                     self._ledger.prune(older_than_s=_HISTORY_LASTS_S)

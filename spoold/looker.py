@@ -52,7 +52,7 @@ class Looker:
         self._within_s = within_s
         self._ages = ages
         self._on_offer = on_offer
-        self._reported: set[Oddity] = set()
+        self._reported: set[str] = set()
         self._reporting = threading.Lock()
 
     def look(self, record: str) -> Next:
@@ -89,9 +89,9 @@ class Looker:
     def report(self, oddity: Oddity) -> None:
         """Say once that a path is none of our business, and why."""
         with self._reporting:
-            if oddity in self._reported or len(self._reported) >= _REMEMBERED_ODDITIES:
+            if oddity.path in self._reported or len(self._reported) >= _REMEMBERED_ODDITIES:
                 return
-            self._reported.add(oddity)
+            self._reported.add(oddity.path)
         path = oddity.path.encode("utf-8", "backslashreplace").decode()
         log.warning("path.ignored", spool=self._spool.name, path=path, detail=oddity.reason)
 

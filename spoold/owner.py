@@ -6,10 +6,13 @@ So nobody has to wait for the claims of a daemon that was killed to run out.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
+import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from spoold.clock import Clock
@@ -35,14 +38,37 @@ class Owner:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._sure_until = clock.monotonic() + LEASE_S
+        self._at_work = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[bool]:
+        """Count one more who holds claims; yield whether new ones may be taken now."""
+        with self._lock:
+            self._at_work += 1
+            is_sure = self._is_sure()
+        try:
+            yield is_sure
+        finally:
+            with self._lock:
+                self._at_work -= 1
 
     def renewed(self, asked_at: float) -> None:
-        """Our claims were renewed by a request that began at `asked_at`, monotonic seconds."""
-        self._sure_until = asked_at + LEASE_S
+        """Our claims were renewed by a request that began at `asked_at`, monotonic seconds.
+
+        That they ran out before, and others may have taken them over, cannot be made undone: then nothing is sure until
+        everybody has ended who was at work.
+        """
+        with self._lock:
+            if self._clock.monotonic() < self._sure_until or not self._at_work:
+                self._sure_until = asked_at + LEASE_S
+
+    def _is_sure(self) -> bool:
+        return self._clock.monotonic() <= self._sure_until - LEASE_S / 4
 
     def demand(self) -> None:
         """Raise ClaimLost if our claims may have run out: we were frozen, or the ledger did not answer."""
-        if self._clock.monotonic() > self._sure_until - LEASE_S / 4:
+        if not self._is_sure():
             raise ClaimLost("the claim may have run out: this daemon was stopped, or could not reach the ledger")
 
     def is_dead(self, name: str) -> bool:

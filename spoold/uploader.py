@@ -96,12 +96,13 @@ class Uploader:
     """Uploads the batches of one spool.
 
     pool: runs the PUTs of all batches in flight, so its size is `upload.concurrency`. stop: set when the daemon drains:
-    nothing new is sent then, and no try is repeated.
+    nothing new is sent then, and no try is repeated. demand_claim: raises ClaimLost unless our claims surely last; asked
+    before every request, since what a daemon sends that was frozen past its claim lands on a newer version.
     """
 
     def __init__(
         self, *, spool: Spool, store: Store, destination: Destination, pool: Executor, budget: Budget, bandwidth: Bandwidth,
-        clock: Clock, stop: threading.Event,
+        clock: Clock, stop: threading.Event, demand_claim: Callable[[], None],
     ) -> None:  # fmt: skip
         self._spool = spool
         self._store = store
@@ -111,6 +112,7 @@ class Uploader:
         self._bandwidth = bandwidth
         self._clock = clock
         self._stop = stop
+        self._demand_claim = demand_claim
 
     # Before the intent
 
@@ -234,12 +236,15 @@ class Uploader:
         with self._budget.hold(size):
             body = put.body if put.body is not None else b"".join(self._parts(put, _CHUNK_BYTES))
             self._bandwidth.take(size, self._stop)
+            self._demand_claim()
             return self._store.put(put.bucket, put.key, body, put.headers, put.digests)
 
     def _spaced(self, parts: Iterator[bytes]) -> Iterator[bytes]:
         for part in parts:
             self._bandwidth.take(len(part), self._stop)
+            self._demand_claim()
             yield part
+        self._demand_claim()  # what follows completes the upload
 
     def _parts(self, put: Put, part_bytes: int) -> Iterator[bytes]:
         """Read a file again, in parts; Changed before the last is used if these are not the bytes that were hashed."""

@@ -99,13 +99,13 @@ class Clearing(Walking):
         files = mine_now.subquery()
         other = intent.c.digest.is_distinct_from(files.c.digest)
         statement = (
-            select(intent.c.key, func.max(intent.c.doubt_at))
+            select(intent.c.key, func.max(intent.c.doubt_at).label("since"))
             .join(files, and_(files.c.key == intent.c.key, files.c.bucket == intent.c.bucket))
             .where(intent.c.doubt_at.is_not(None), other)
             .group_by(intent.c.key)
         )
         with self.read() as connection:
-            return dict(connection.execute(statement).tuples().all())
+            return {row.key: row.since for row in connection.execute(statement)}
 
     def settle_doubts(self, mine: Claim, keys: Iterable[str], *, before: float) -> None:
         """The time in which these keys' doubtful PUTs could land is over, and what they hold was looked at."""
@@ -143,6 +143,18 @@ class Clearing(Walking):
         """The file does not lie aside after all, but where it lay."""
         with self.write() as change:
             change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=None))
+
+    def has_newer(self, batch_id: int, path: str) -> bool:
+        """Say whether a newer batch of the same record holds, or held, a file at this path."""
+        older = select(batch.c.record_key).where(batch.c.id == batch_id).scalar_subquery()
+        statement = (
+            select(batch_file.c.id)
+            .join(batch, batch.c.id == batch_file.c.batch_id)
+            .where(batch.c.record_key == older, batch.c.id > batch_id, batch_file.c.path == path)
+            .limit(1)
+        )
+        with self.read() as connection:
+            return connection.execute(statement).first() is not None
 
     def given_back(
         self, batch_id: int, file: BatchFile, *, spool: str, record: str, reason: str, still_ours: Identity | None
@@ -267,9 +279,14 @@ class Clearing(Walking):
             here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
             needed = select(object_.c.id).where(object_.c.bucket == key.bucket, object_.c.key == key.key)
             pending = select(batch.c.id).where(batch.c.record_key == key.record_key, batch.c.state == State.PENDING)
-            if not change.execute(select(replaced).where(here)).first() or change.execute(needed).first():
+            buried = (
+                select(batch_file.c.id)
+                .join(batch, batch.c.id == batch_file.c.batch_id)
+                .where(batch.c.state == State.DEAD, batch_file.c.bucket == key.bucket, batch_file.c.key == key.key)
+            )
+            if change.execute(select(replaced).where(here)).first() is None:
                 return None
-            if change.execute(pending).first():
+            if any(change.execute(why.limit(1)).first() is not None for why in (needed, pending, buried)):
                 return None
             row = {
                 "record_key": key.record_key, "kind": "delete", "bucket": key.bucket, "key": key.key, "started_at": change.now,
@@ -277,10 +294,19 @@ class Clearing(Walking):
             return int(change.execute(insert(intent).returning(intent.c.id), row).scalar_one())
 
     def deleted(self, key: ReplacedKey, identifier: int, answer: Answer) -> None:
-        """Write down what became of a DELETE. In doubt or refused, the key stays on the list."""
+        """Write down what became of a DELETE. In doubt or refused, the key stays on the list.
+
+        An answer that comes when a newer PUT of the key has begun counts as a doubt that has just ended: see `answered`.
+        """
         with self.write() as change:
-            doubt_at = change.now if answer is Answer.DOUBT else None
+            newer = select(intent.c.id).where(
+                intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.id > identifier, intent.c.kind == "put"
+            )
+            overtaken = answer is not Answer.REFUSED and change.execute(newer.limit(1)).first() is not None
+            doubt_at = change.now if overtaken or answer is Answer.DOUBT else None
             change.execute(update(intent).where(intent.c.id == identifier).values(answer=answer, doubt_at=doubt_at))
+            if overtaken:
+                return
             here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
             if answer is not Answer.CONFIRMED:
                 change.execute(update(replaced).where(here).values(due_at=change.now + 300))

@@ -116,9 +116,9 @@ class Looking(Clearing):
             (batch.c.state == State.DEAD, "dead"),
             (batch.c.waiting_for == "", "clearing"),
             else_=batch.c.waiting_for,
-        )
+        ).label("reason")
         batches = (
-            select(reason, func.count())
+            select(reason, func.count().label("n"))
             .join(record, record.c.id == batch.c.record_key)
             .where(here, or_(batch.c.due_at.is_not(None), batch.c.state == State.DEAD))
             .group_by(reason)
@@ -130,7 +130,7 @@ class Looking(Clearing):
             .where(here, sighting.c.state != "gone")
         )
         with self.read() as connection:
-            left = dict(connection.execute(batches).tuples().all())
+            left = {row.reason: row.n for row in connection.execute(batches)}
             if count := connection.execute(sightings).scalar_one():
                 left["receiving"] = count
         return left

@@ -37,6 +37,8 @@ from spoold.model import (
     StoredObject,
 )
 
+_NOTHING_WRONG: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "error_code": None, "error": None, "hint": None}
+
 
 class Walking(Claiming):
     """The verbs of a walk."""
@@ -163,9 +165,8 @@ class Walking(Claiming):
             if has_new_original and replaced_after_s is not None:
                 self._replace_others(change, mine, change.now + replaced_after_s)
             values = {
-                "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0, "attempts": 0,
-                "next_attempt_at": None, "error_code": None, "error": None, "hint": None,
-                "due_at": change.now, "waiting_for": "",
+                "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0,
+                "due_at": change.now, "waiting_for": "", **_NOTHING_WRONG,
             }  # fmt: skip
             change.execute(update(batch).where(batch.c.id == mine.batch.id).values(**values))
             self._touched(change, mine.batch.record_key)
@@ -231,7 +232,7 @@ class Walking(Claiming):
         """Give the claim back; the batch is due again at `due_at`, as soon as `waiting_for` is over."""
         with self.write() as change:
             self._demand(change, mine, even_superseded=True)
-            self._end(change, mine, due_at=due_at, waiting_for=waiting_for)
+            self._end(change, mine, due_at=due_at, waiting_for=waiting_for, **_NOTHING_WRONG)
 
     def put_back(self, mine: Claim) -> None:
         """Give the claim back with the batch as it was: the destination is held, or the daemon drains. No attempt is spent."""
@@ -301,7 +302,10 @@ class Walking(Claiming):
                 )
                 .values(answer=Answer.REFUSED)
             )
-            self._end(change, mine, state=State.PENDING, due_at=change.now, waiting_for="retry", next_attempt_at=change.at)
+            self._end(
+                change, mine, state=State.PENDING, due_at=change.now, waiting_for="retry", next_attempt_at=change.at,
+                error_code=fault.code, error=str(fault), hint=fault.hint,
+            )  # fmt: skip
             self._tell(change, mine, "batch.deferred", due_in_s=0.0, error=fault.code, detail=str(fault), hint=fault.hint)
 
     def done(self, mine: Claim, dirs_due_at: float | None) -> None:
@@ -311,7 +315,7 @@ class Walking(Claiming):
         """
         with self.write() as change:
             self._demand(change, mine, even_superseded=True)
-            due = {"due_at": dirs_due_at, "waiting_for": "dirs" if dirs_due_at is not None else ""}
+            due = {"due_at": dirs_due_at, "waiting_for": "dirs" if dirs_due_at is not None else "", **_NOTHING_WRONG}
             row = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).one()
             if row.state != State.STORED:
                 self._end(change, mine, **due)

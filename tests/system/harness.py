@@ -80,7 +80,7 @@ class Site:
         server.create_bucket(self.bucket)
         self.environment = {**os.environ, **server.environment(), **(environment or {})}
         base = {"name": "uploads", "root": str(self.root), "bucket": self.bucket, **QUICK}
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "state_dir": str(directory / "state"),
             "s3": merged(
                 {"endpoint_url": endpoint_url or server.endpoint_url, "region": "us-east-1", "addressing_style": "path"},
@@ -165,19 +165,25 @@ class Site:
         """Return what the bucket holds, by key."""
         return self.server.objects(self.bucket)
 
+    def keys(self) -> set[str]:
+        """Return the keys that the bucket holds; for a bucket from which something is deleted meanwhile."""
+        pages = self.server.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+        return {entry["Key"] for page in pages for entry in page.get("Contents", ())}
+
     def files(self) -> dict[str, bytes]:
-        """Return what lies in the spool outside spoold's own house, by path."""
-        return {
-            str(path.relative_to(self.root)): path.read_bytes()
-            for path in self.root.rglob("*")
-            if path.is_file() and ".spoold" not in path.parts
-        }
+        """Return what lies in the spool outside spoold's own house, by path. Things may go while we look."""
+        found = {}
+        for directory, _, names in os.walk(self.root):
+            for path in (Path(directory, name) for name in names):
+                if ".spoold" not in path.parts and path.is_file():
+                    with contextlib.suppress(FileNotFoundError):
+                        found[str(path.relative_to(self.root))] = path.read_bytes()
+        return found
 
     def directories(self) -> set[str]:
         """Return the directories of the spool outside spoold's own house, as paths."""
-        return {
-            str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_dir() and ".spoold" not in path.parts
-        }
+        paths = [Path(directory, name) for directory, inner, _ in os.walk(self.root) for name in inner]
+        return {str(path.relative_to(self.root)) for path in paths if ".spoold" not in path.parts}
 
     def aside(self) -> list[Path]:
         """Return what is set aside at this moment."""
@@ -252,7 +258,8 @@ class Daemon:
 
         def found() -> dict[str, Any] | None:
             events = self.events(name, **keys)
-            assert len(events) >= count or self.process.poll() is None, f"the daemon ended: {self._log_file.read_text()[-3000:]}"
+            is_there = len(events) >= count
+            assert is_there or self.process.poll() is None, f"the daemon ended: {self._log_file.read_text()[-3000:]}"
             return events[count - 1] if len(events) >= count else None
 
         line: dict[str, Any] = until(found, f"{name} {keys}", timeout_s=timeout_s)

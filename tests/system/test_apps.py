@@ -16,13 +16,16 @@ import pytest
 
 from tests.paperclip import App, How, interpolate, picture
 from tests.proxy import FaultProxy, Hold
-from tests.servers import MotoServer, RcloneServer
+from tests.servers import RcloneServer
 from tests.system.harness import BRISK, Daemon, Site, until
 
 RECORD = "avatars/42"
 THUMB: dict[str, Any] = {"complete": {"styles": ["thumb"]}}
 OFTEN = {**BRISK, "spoold.daemon._REMOVE_EVERY_S": 0.2}  # how often replaced keys are removed; 5 s otherwise
-SOON = {**BRISK, "spoold.cleanup._OPEN_AGAIN_S": 0.3}  # how soon a file that is open for writing is looked at again; 15 s otherwise
+SOON = {
+    **BRISK,
+    "spoold.cleanup._OPEN_AGAIN_S": 0.3,
+}  # how soon a file that is open for writing is looked at again; 15 s otherwise
 
 
 def photo(seed: int) -> bytes:
@@ -134,9 +137,9 @@ def test_whole_trees_that_are_moved_in_from_outside_go_up(rclone_server: RcloneS
     site = Site(tmp_path, rclone_server, spool=THUMB)
     outside = App(tmp_path / "outside")
     written = {}
-    for attachment, record in (("avatars", 42), ("covers", 7), ("covers", 8)):
-        outside.save(attachment, record, "me.jpg", both(record))
-        written |= at(f"{attachment}/{record}", "me.jpg", both(record))
+    for attachment, number in (("avatars", 42), ("covers", 7), ("covers", 8)):
+        outside.save(attachment, number, "me.jpg", both(number))
+        written |= at(f"{attachment}/{number}", "me.jpg", both(number))
     (site.root / "avatars").mkdir()
 
     with site.daemon(constants=BRISK) as daemon:
@@ -287,7 +290,7 @@ def test_rule_7_keys_of_another_name_that_a_newer_original_replaced_go_after_rep
         app.replace("avatars", 42, "old.jpg", "new.jpg", both(2))
         row = until_version(site, 2)
         at_first = site.objects()
-        until(lambda: site.objects() == {**new, **other}, "the old keys are deleted")
+        until(lambda: site.keys() == set(new) | set(other), "the old keys are deleted")
 
         daemon.demand_legal_path(RECORD)
 
@@ -330,7 +333,7 @@ def test_rule_7_a_name_that_comes_back_is_live_again_and_stays(rclone_server: Rc
     site.change("UPDATE replaced SET due_at = 0")
     before = site.objects()
     with site.daemon(constants=OFTEN):
-        until(lambda: site.objects() == first, "only the second name's keys are deleted")
+        until(lambda: site.keys() == set(first), "only the second name's keys are deleted")
 
     assert {**first, **second} == before
     site.demand_laws(first)
@@ -348,7 +351,7 @@ def test_rule_7_the_fuse_holds_deletions_back_says_so_and_lets_go_when_it_is_rai
         until_version(site, 1)
         app.replace("avatars", 42, "old.jpg", "new.jpg", both(2))
         until_version(site, 2)
-        until(lambda: 3 == len(site.objects()), "one key is deleted")
+        until(lambda: 3 == len(site.keys()), "one key is deleted")
         held_back = daemon.until_event("deletes.held_back")
 
         assert "max_deletes_per_hour" in held_back["hint"]
@@ -356,7 +359,7 @@ def test_rule_7_the_fuse_holds_deletions_back_says_so_and_lets_go_when_it_is_rai
         site.settings["spools"][0]["max_deletes_per_hour"] = 5
         site.write_config()
         daemon.process.send_signal(signal.SIGHUP)
-        until(lambda: site.objects() == new, "the other one is deleted too")
+        until(lambda: site.keys() == set(new), "the other one is deleted too")
 
     site.demand_laws(new)
 
@@ -499,10 +502,33 @@ def test_rule_1_the_waiting_basename_may_go_away_again(rclone_server: RcloneServ
         app.destroy("avatars", 42, "orphan.jpg")
         row = site.until_state(RECORD, "done")
 
-        daemon.demand_legal_path(RECORD)
-
     assert (0, 2) == (row["processing"], row["files"])
     site.demand_laws(at(RECORD, "me.jpg", both(1)))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="record.gone is logged where the record is and stays `done`: which line says that nothing waits any more?",
+)
+@pytest.mark.parametrize("is_new_version", [False, True])
+def test_a_record_that_stays_done_is_not_logged_as_gone(
+    is_new_version: bool, rclone_server: RcloneServer, tmp_path: Path
+) -> None:
+    """Contract, section 4: after `record.gone` the state is `gone`. The app removed what waited; the rest is uploaded."""
+    site = Site(tmp_path, rclone_server, spool=THUMB)
+    app = App(site.root)
+
+    with site.daemon(constants=BRISK) as daemon:
+        app.save("avatars", 42, "me.jpg", both(1))
+        site.until_state(RECORD, "done")
+        name = "me.jpg" if is_new_version else "orphan.jpg"
+        app.save("avatars", 42, name, {"original": photo(9)})
+        site.until_state(RECORD, "receiving")
+        app.destroy("avatars", 42, name)
+        site.until_state(RECORD, "done")
+
+        assert not daemon.events("record.gone")
+        daemon.demand_legal_path(RECORD)
 
 
 def test_a_record_that_the_app_destroys_before_its_upload_is_gone(rclone_server: RcloneServer, tmp_path: Path) -> None:
@@ -623,9 +649,9 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-def test_odd_names_go_up_under_exactly_these_names(moto_server: MotoServer, tmp_path: Path) -> None:
+def test_odd_names_go_up_under_exactly_these_names(rclone_server: RcloneServer, tmp_path: Path) -> None:
     template = ":attachment/:id/:style/:filename"
-    site = Site(tmp_path, moto_server, spool={"path": template, "key": template})
+    site = Site(tmp_path, rclone_server, spool={"path": template, "key": template})
     written = {f"avatars/{number}/original/{name}": photo(number) for number, name in enumerate(ODD_NAMES)}
 
     with site.daemon(constants=BRISK) as daemon:
@@ -713,7 +739,8 @@ def test_a_layout_without_styles_works(rclone_server: RcloneServer, tmp_path: Pa
 def test_two_spools_do_not_get_in_each_others_way(rclone_server: RcloneServer, tmp_path: Path) -> None:
     """One waits for its bucket; the other one works, with a record of the same path."""
     site = Site(tmp_path, rclone_server, spool=THUMB)
-    second = Site(tmp_path / "second", rclone_server) if (tmp_path / "second").mkdir() is None else site
+    (tmp_path / "second").mkdir()
+    second = Site(tmp_path / "second", rclone_server)
     client = rclone_server.client()
     client.delete_bucket(Bucket=second.bucket)
     site.settings["spools"].append({**second.settings["spools"][0], **THUMB, "name": "second"})
