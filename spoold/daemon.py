@@ -280,9 +280,7 @@ class Daemon:
 
     def _claim(self, uploads_first: bool) -> Claim | None:
         crashes = self._settings.upload.retry.crashes
-        return self._ledger.claim(
-            self._owner.name, self._spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first
-        )
+        return self._ledger.claim(self._owner.name, self._spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first)
 
     def _renew(self, done: threading.Event) -> None:
         """Keep our claims alive; without this they run out and others take over."""

@@ -210,9 +210,7 @@ def test_rule_9_what_lies_aside_unchanged_is_let_go_by_the_next_daemon(site: Sit
     site.demand_laws(written_by(1, 1))
 
 
-def test_rule_9_what_was_written_while_it_lay_aside_is_given_back_before_the_first_sweep(
-    site: Site, aside: list[Path]
-) -> None:
+def test_rule_9_what_was_written_while_it_lay_aside_is_given_back_before_the_first_sweep(site: Site, aside: list[Path]) -> None:
     """A writer who had opened it by its old name, and the daemon was not there to see it."""
     changed = picture(100, 100, 99)
     key = "avatars/1/thumb/me.jpg"
@@ -229,9 +227,7 @@ def test_rule_9_what_was_written_while_it_lay_aside_is_given_back_before_the_fir
     site.demand_laws({**written_by(1, 1), key: changed})
 
 
-def test_rule_9_what_changed_aside_goes_to_kept_if_its_name_is_taken_and_status_shows_it(
-    site: Site, aside: list[Path]
-) -> None:
+def test_rule_9_what_changed_aside_goes_to_kept_if_its_name_is_taken_and_status_shows_it(site: Site, aside: list[Path]) -> None:
     changed = picture(400, 300, 99)
     name = of("original", aside).name
     of("original", aside).write_bytes(changed)
@@ -265,9 +261,7 @@ def test_rule_9_what_lies_aside_is_let_go_even_if_a_newer_version_has_its_name(s
     site.demand_laws(written_by(1, 2))
 
 
-def test_rule_9_names_aside_are_never_used_again(
-    site: Site, aside: list[Path], rclone_server: RcloneServer
-) -> None:
+def test_rule_9_names_aside_are_never_used_again(site: Site, aside: list[Path], rclone_server: RcloneServer) -> None:
     """The same files of the same batch come back and are set aside once more."""
     site.change("UPDATE object SET proven_at = proven_at - 7200")
     rclone_server.client().delete_object(Bucket=site.bucket, Key=KEY)
@@ -318,9 +312,7 @@ def test_a_record_that_kills_its_daemon_three_times_is_dead_and_retry_revives_it
 # Asked to stop
 
 
-def test_sigterm_under_load_ends_what_is_in_flight_starts_nothing_new_and_loses_nothing(
-    site: Site, proxy: FaultProxy
-) -> None:
+def test_sigterm_under_load_ends_what_is_in_flight_starts_nothing_new_and_loses_nothing(site: Site, proxy: FaultProxy) -> None:
     proxy.on("PUT", "", Delay(0.05))
     app = App(site.root)
     written: dict[str, bytes] = {}

@@ -246,9 +246,7 @@ def test_rule_5_an_object_whose_digest_nobody_tells_is_read_back_before_anything
     site.demand_laws({KEY: photo(1)})
 
 
-def test_rule_5_a_proof_older_than_an_hour_is_renewed_by_head_before_the_local_file_goes(
-    site: Site, proxy: FaultProxy
-) -> None:
+def test_rule_5_a_proof_older_than_an_hour_is_renewed_by_head_before_the_local_file_goes(site: Site, proxy: FaultProxy) -> None:
     upload_and_keep(site)
     site.change(f"UPDATE object SET proven_at = {TWO_HOURS_AGO}")
     before = len(proxy.requests("HEAD", KEY))
