@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import structlog
 
 from spoold.clock import Ages, Clock
 from spoold.digest import Digester
-from spoold.errors import Changed, ClaimLost, SpooldError, StoreUnavailable, Unproven, Vanished
+from spoold.errors import Changed, ClaimLost, Halt, Refused, SpooldError, Stale, StoreUnavailable, Unproven, Vanished
 from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
 from spoold.renames import rename_noreplace
@@ -100,9 +101,12 @@ class Cleaner:
         SpoolBroken, ClaimLost.
         """
         batch = claim.batch
-        if not self._rules.deletes:
-            return None
         left = [file for file in batch.files if not file.is_gone]
+        if not self._rules.deletes:
+            for file in left:
+                if file.aside_name is not None:
+                    self._give_back_ours(claim, file, "local files stay (cleanup.delete: false)")
+            return None
         try:
             if batch.state is State.STORED and (due := self._may_go(claim)):
                 return due
@@ -138,7 +142,9 @@ class Cleaner:
         proofs = self._ledger.proofs(claim)
         lying = {file.digest for file in claim.batch.uploads if not file.is_gone}
         known = {proof.digest for proof in proofs}
-        old = [p for p in proofs if p.key in doubtful or not 0 <= now - p.proven_at < _PROOF_LASTS_S]
+        # An object whose local file has gone cannot be put again, so nobody asks for it.
+        needed = [proof for proof in proofs if proof.digest in lying]
+        old = [p for p in needed if p.key in doubtful or not 0 <= now - p.proven_at < _PROOF_LASTS_S]
         lost = [proof.key for proof in old if not self._is_there(proof)]
         if lost:
             raise Missing(
@@ -193,8 +199,14 @@ class Cleaner:
             return waits
         self._demand_claim()
         self._ledger.set_aside(claim, ready)
-        for file in ready:
-            if self._rename_aside(file):
+        for number, file in enumerate(ready):
+            try:
+                is_aside = self._rename_aside(file)
+            except OSError:
+                for each in ready[number:]:
+                    self._ledger.not_aside(each)
+                raise
+            if is_aside:
                 waits.append(Due(self._rules.grace_s, "grace"))
                 if (reason := self._differs(file)) and not self._give_back_ours(claim, file, reason):
                     waits.pop()
@@ -242,7 +254,11 @@ class Cleaner:
                 with self._aside() as aside:
                     os.unlink(file.aside_name, dir_fd=aside)
             except (Vanished, FileNotFoundError):
-                pass  # unlinked before a crash, unknown to the ledger
+                if self._spool.identity_of(file.file.path) == file.file.identity:
+                    self._ledger.not_aside(file)  # written down, but never renamed
+                    waits.append(Due(_LOOK_AGAIN_S, "min_age"))
+                    continue
+                # Else it was unlinked before a crash, unknown to the ledger.
             self._aside_since.pop(file.aside_name, None)
             gone.append(file)
         if gone:
@@ -394,18 +410,17 @@ class Cleaner:
         with self._aside() as aside:
             names = sorted(os.listdir(aside))
         for name in names:
-            if (parsed := parse_aside_name(name)) is None:
-                log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{name}",
-                            detail="its name is none of ours; it stays")  # fmt: skip
-                continue
-            batch, number, path = parsed
-            known = self._ledger.aside_file(batch, number)
-            if known is None:
-                self._give_back_unknown(name, path)
-                continue
-            with self._claimed(known.record_key, owner, lease_s) as is_ours:
-                if is_ours:
-                    self._recover_one(known, name)
+            try:
+                self._recover(name, owner, lease_s)
+            except (
+                Stale,
+                Refused,
+                OSError,
+            ) as error:  # of this one alone: the others wait to be recovered, and so does the spool
+                fault = fault_of(error, "recover", name) if isinstance(error, OSError) else error
+                if isinstance(fault, Halt):
+                    raise fault from error
+                self._report_aside(name, f"{fault}; it stays")
         present = set(names)
         for missing in self._ledger.all_aside(self._spool.name):
             if missing.file.aside_name in present:
@@ -413,6 +428,22 @@ class Cleaner:
             with self._claimed(missing.record_key, owner, lease_s) as is_ours:
                 if is_ours and self._spool.identity_of(missing.file.file.path) == missing.file.file.identity:
                     self._ledger.not_aside(missing.file)  # written down, but never renamed
+
+    def _recover(self, name: str, owner: str, lease_s: float) -> None:
+        if (parsed := parse_aside_name(name)) is None:
+            self._report_aside(name, "its name is none of ours; it stays")
+            return
+        batch, number, path = parsed
+        known = self._ledger.aside_file(batch, number)
+        if known is None:
+            self._give_back_unknown(name, path)
+            return
+        with self._claimed(known.record_key, owner, lease_s) as is_ours:
+            if is_ours:
+                self._recover_one(known, name)
+
+    def _report_aside(self, name: str, detail: str) -> None:
+        log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{_printable(name)}", detail=detail)
 
     def _recover_one(self, known: Aside, name: str) -> None:
         file = dataclasses.replace(known.file, aside_name=name)
@@ -428,8 +459,7 @@ class Cleaner:
     def _give_back_unknown(self, name: str, path: str | None) -> None:
         """The ledger does not know this file; its name tells where it lay."""
         if path is None:
-            log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{name}",
-                        detail="the ledger does not know it; it stays")  # fmt: skip
+            self._report_aside(name, "the ledger does not know it; it stays")
             return
         back = self._back_to(path, name)
         log.warning("file.given_back", spool=self._spool.name, path=path if back else f"{HOUSE}/{KEPT}/{name}",
@@ -468,9 +498,8 @@ class Remover:
         held: spools whose destination refuses; theirs wait.
         """
         removed = 0
-        due = self._ledger.replaced_due(set(self._stores) - held)
-        for spool in {key.spool for key in due}:
-            keys = [key for key in due if key.spool == spool]
+        for spool in sorted(set(self._stores) - held):
+            keys = self._ledger.replaced_due([spool])
             room = self._limits[spool] - self._ledger.deletes_in_last_hour(spool)
             if room >= len(keys):
                 self._blown.discard(spool)
@@ -516,10 +545,14 @@ def aside_name(batch: int, file: BatchFile) -> str:
 
 def parse_aside_name(name: str) -> tuple[int, int, str | None] | None:
     """Return the batch, the file's number and its path (None if it did not fit) of a name in aside/; None if it is not ours."""
-    parts = name.split(".", 3)
-    if len(parts) < 3 or not (parts[0].isdigit() and parts[1].isdigit()):
+    match = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,18})\.[^.]*(?:\.(.*))?", name, re.DOTALL)
+    if match is None:
         return None
-    return int(parts[0]), int(parts[1]), unquote(parts[3]) if len(parts) > 3 else None
+    return int(match[1]), int(match[2]), unquote(match[3]) if match[3] else None
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _sha256(fd: int) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -25,11 +28,14 @@ from spoold import __version__, config, logs
 from spoold.clock import SystemClock
 from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
 from spoold.explain import Explainer, find
-from spoold.ledger import STATES, Ledger
+from spoold.ledger import STATES, TROUBLE, Ledger
+from spoold.owner import OWNERS, living
 from spoold.spool import KEPT
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 70, 75, 78
 DEFAULT_CONFIG = "/etc/spoold/config.yaml"
+_MOST_TROUBLED = 10
+_ENDLESS = 100_000  # characters in a line
 _DEPENDENCIES = ("boto3", "watchdog", "SQLAlchemy", "Pillow", "structlog", "tenacity", "pydantic")
 
 
@@ -60,7 +66,14 @@ def _configured(command: Callable[..., int]) -> Callable[..., int]:
     return with_file
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _InOrder(click.Group):
+    """Lists its commands as they come here: in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "-c", "--config", "file", default=DEFAULT_CONFIG, envvar="SPOOLD_CONFIG", show_default=True, metavar="FILE",
     help="The configuration. SPOOLD_CONFIG names it too.",
@@ -82,6 +95,7 @@ def cli(context: click.Context, file: str) -> None:
     RECORD is a record's directory below the spool's root, such as avatars/42.
     """
     context.obj = file
+    logs.configure(format="console", level="error", stream=sys.stderr)  # only `run` is there to tell what it does
 
 
 @cli.command()
@@ -95,8 +109,10 @@ def run(file: str, once: bool, dry_run: bool) -> int:
     configuration again; a bad one keeps the old settings and says so. Nothing is lost either way.
 
     \b
-    Exit codes: 0 drained (--once: nothing left to do), 75 drain timed out (--once: something is left),
-    69 the destination refuses (--once), 78 the configuration has mistakes.
+    Exit codes: 0   drained; with --once: nothing is left to do
+                69  with --once: the destination refuses
+                75  the drain timed out; with --once: something is left
+                78  the configuration has mistakes
     """
     settings = _load(file)
     if dry_run:
@@ -134,11 +150,15 @@ def status(file: str, record: str | None, spool: str | None, as_json: bool, watc
     """Show how many records are in which state, or one RECORD in full.
 
     \b
-    receiving  not complete yet              uploaded  proven in the bucket
-    stalled    incomplete for long           done      and the local files are gone (or stay by choice)
-    queued     waits for its turn            gone      the app removed it before it was uploaded
-    uploading  on its way                    retrying  heals by itself
-    dead       needs a person
+    receiving  not complete yet
+    stalled    incomplete for long: waits for the app
+    queued     complete, waits for its turn
+    uploading  on its way
+    retrying   an attempt did not succeed; heals by itself
+    dead       given up; needs a person
+    uploaded   proven in the bucket
+    done       and the local files are gone, or stay by choice
+    gone       the app removed it before it was uploaded
     """
     settings = _load(file)
     ledger = _ledger(settings)
@@ -150,7 +170,7 @@ def status(file: str, record: str | None, spool: str | None, as_json: bool, watc
     if as_json:
         click.echo(json.dumps(overview, indent=2))
     else:
-        _console().print(_table(overview))
+        _print(_table(overview))
     return EX_OK
 
 
@@ -159,9 +179,9 @@ def status(file: str, record: str | None, spool: str | None, as_json: bool, watc
 @click.option("--spool", metavar="NAME", help="Where two spools have the path.")
 @_configured
 def why(file: str, path: str, spool: str | None) -> int:
-    """Say in one sentence why PATH is still here or where it went, and what would change it.
+    """Say why PATH is still here, or where it went.
 
-    PATH is a file or a record, absolute or below a spool's root.
+    One sentence, with what would change it. PATH is a file or a record, absolute or below a spool's root.
     """
     settings = _load(file)
     explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), path)
@@ -175,9 +195,14 @@ def why(file: str, path: str, spool: str | None) -> int:
 @click.option("--spool", metavar="NAME", help="Where two spools have the record.")
 @_configured
 def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
-    """Wait until every file of RECORD's newest version is proven in the bucket.
+    """Wait until all of RECORD is proven in the bucket.
 
-    Looks at the disk first, so it may be called right after writing. Exit codes: 0 proven, 75 timeout, 69 dead or gone.
+    That is: every file of its newest version. Looks at the disk first, so it may be called right after writing.
+
+    \b
+    Exit codes: 0   proven
+                69  dead, or gone: nobody will upload it
+                75  not within the timeout
     """
     settings = _load(file)
     explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), record)
@@ -199,7 +224,7 @@ def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
 
 @cli.command()
 @click.argument("records", nargs=-1, metavar="[RECORD]...")
-@click.option("--all", "everything", is_flag=True, help="All dead and retrying records.")
+@click.option("--all", "everything", is_flag=True, help="All dead, retrying and incomplete records.")
 @click.option("--as-is", is_flag=True, help="Take incomplete records as they lie.")
 @click.option("--spool", metavar="NAME", help="Only of this spool.")
 @_configured
@@ -216,7 +241,7 @@ def retry(file: str, records: tuple[str, ...], everything: bool, as_is: bool, sp
     paths = [_record(explainers, record) for record in records] if records else None
     chosen = _ledger(settings).retry(paths, spool=spool, as_is=as_is)
     for record in chosen:
-        click.echo(f"{record} is due now")
+        click.echo(f"{record} {_after_retry(settings, record, spool, as_is)}")
     for path in sorted(set(paths or ()) - set(chosen)):
         click.echo(f"{path}: nothing of it is waiting; see: spoold status {path}", err=True)
     if not chosen and paths is None:
@@ -243,7 +268,7 @@ def demo(exit_when_idle: bool, records: int, directory: Path | None) -> int:
 
 @cli.command()
 def version() -> int:
-    """Print the version, and those of Python, the platform and the main dependencies."""
+    """Print the versions of spoold and what it stands on."""
     click.echo(f"spoold {__version__}")
     click.echo(f"Python {platform.python_version()} on {platform.platform()}")
     click.echo(", ".join(f"{name} {version_of(name)}" for name in _DEPENDENCIES))
@@ -273,6 +298,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EX_OK
+    except Exception:
+        traceback.print_exc()
+        click.echo("spoold: this is a bug of spoold's; please report it with what stands above", err=True)
+        code = EX_SOFTWARE
     sys.exit(code or EX_OK)
 
 
@@ -303,6 +332,14 @@ def _explainers(settings: config.Settings, ledger: Ledger | None, spool: str | N
     return [Explainer(settings=each, ledger=ledger, clock=SystemClock()) for each in chosen]
 
 
+def _after_retry(settings: config.Settings, record: str, spool: str | None, as_is: bool) -> str:
+    """Say what `retry` changed: an incomplete record is not taken unless it was said so."""
+    rows = _ledger(settings).record_status(record, spool=spool)
+    if not as_is and any(row["state"] in ("receiving", "stalled") for row in rows):
+        return f"is not complete yet; to take it as it lies: spoold retry --as-is {record}"
+    return "is due now"
+
+
 def _record(explainers: list[Explainer], path: str) -> str:
     for explainer in explainers:
         relative = explainer.relative(path)
@@ -311,8 +348,14 @@ def _record(explainers: list[Explainer], path: str) -> str:
     raise SpooldError(f"{path}: it lies in no spool", hint="RECORD is the record's directory below the spool's root")
 
 
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+def _print(what: Group) -> None:
+    """Print for a person; into a pipe without colours, and each line in one piece for `grep`."""
+    if sys.stdout.isatty():
+        return Console(highlight=False).print(what)
+    plain = Console(file=io.StringIO(), highlight=False, width=_ENDLESS)
+    with plain.capture() as printed:
+        plain.print(what)
+    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _run(file: str, settings: config.Settings, once: bool) -> int:
@@ -409,7 +452,12 @@ def _overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
                 "kept": sorted(os.listdir(kept)) if kept.is_dir() and os.access(kept, os.R_OK) else [],
             }
         )
-    return {"spools": spools, "replaced_waiting": ledger.replaced_waiting()}
+    return {
+        "daemons": living(settings.state_dir / OWNERS),
+        "spools": spools,
+        "troubled": ledger.troubled(limit=_MOST_TROUBLED),
+        "replaced_waiting": ledger.replaced_waiting(),
+    }
 
 
 def _table(overview: dict[str, Any]) -> Group:
@@ -430,14 +478,18 @@ def _table(overview: dict[str, Any]) -> Group:
         if hold := spool["held"]:
             remedy = f"; {hold['hint']}" if hold["hint"] else ""
             notes.append(Text(f"{spool['spool']} is held since {hold['since']}: {hold['error']}{remedy}", style="red"))
-        if spool["kept"]:
-            notes.append(
-                Text(
-                    f"{spool['spool']} keeps {len(spool['kept'])} file(s) that came back to a taken name, in .spoold/kept/",
-                    style="yellow",
-                )
-            )
-    return Group(table, *notes)
+        for name in spool["kept"]:
+            kept = f"{spool['spool']} keeps what came back to a taken name: spoold why .spoold/kept/{shlex.quote(name)}"
+            notes.append(Text(kept, style="yellow"))
+    if overview["daemons"] == 0:
+        notes.append(Text("no daemon is running: spoold run", style="yellow"))
+    if not overview["troubled"]:
+        return Group(table, *notes)
+    troubled = Table(box=None, show_header=False, pad_edge=False)
+    for row in overview["troubled"]:
+        troubled.add_row(Text(row["state"], style=styles[row["state"]]), Text(row["path"]), Text(row["error"] or ""))
+    more = sum(spool["states"].get(state, 0) for spool in overview["spools"] for state in TROUBLE) - len(overview["troubled"])
+    return Group(table, *notes, "", troubled, *([f"and {more} more"] if more > 0 else []))
 
 
 def _human(size_bytes: float) -> str:
@@ -449,14 +501,15 @@ def _human(size_bytes: float) -> str:
 
 
 def _watch(settings: config.Settings, ledger: Ledger) -> int:
-    with Live(_table(_overview(settings, ledger)), console=_console(), refresh_per_second=4) as live:
+    with Live(_table(_overview(settings, ledger)), console=Console(highlight=False), refresh_per_second=4) as live:
         while True:
             time.sleep(0.5)
             live.update(_table(_overview(settings, ledger)))
 
 
 def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: str | None, as_json: bool) -> int:
-    path = _record(_explainers(settings, ledger, spool), record)
+    explainers = {explainer.spool.name: explainer for explainer in _explainers(settings, ledger, spool)}
+    path = _record(list(explainers.values()), record)
     rows = ledger.record_status(path, spool=spool)
     if not rows:
         click.echo(f"spoold: record {path} is not known; see: spoold why {path}", err=True)
@@ -465,12 +518,14 @@ def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: st
     for row in rows:
         objects = ledger.record_objects(path, spool=row["spool"])
         history = ledger.record_history(path, spool=row["spool"])
-        cards.append({**row, "objects": objects, "history": history})
+        explainer = explainers.get(row["spool"])
+        why = explainer.why(path) if explainer is not None else "this configuration has no such spool (any more)"
+        cards.append({**row, "why": why, "objects": objects, "history": history})
     if as_json:
         click.echo(json.dumps(cards[0] if len(cards) == 1 else cards, indent=2))
         return EX_OK
     for card in cards:
-        _console().print(_card(card))
+        _print(_card(card))
     return EX_OK
 
 
@@ -479,16 +534,19 @@ def _card(card: dict[str, Any]) -> Group:
     facts.add_column(style="bold")
     facts.add_column()
     for name in ("spool", "path", "state", "processing", "version", "files", "bytes", "attempts", "next_attempt_at",
-                 "error_code", "error", "first_seen_at", "uploaded_at", "done_at"):  # fmt: skip
+                 "error_code", "error", "first_seen_at", "uploaded_at", "done_at", "why"):  # fmt: skip
         if card[name] is not None:
-            facts.add_row(name, str(card[name]))
+            facts.add_row(name, Text(str(card[name])))
+    parts: list[Any] = [facts]
     objects = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("style", "key", "size", "content_type", "uploaded_at"):
-        objects.add_column(name, justify="right" if name == "size" else "left")
+    for name in ("style", "key", "size", "content_type"):
+        objects.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
     for item in card["objects"]:
-        objects.add_row(*(Text(str(item[name])) for name in ("style", "key", "size", "content_type", "uploaded_at")))
+        objects.add_row(*(Text(str(item[name])) for name in ("style", "key", "size", "content_type")))
+    if card["objects"]:
+        parts += ["", objects]
     history = Table(box=None, show_header=False, pad_edge=False)
     for item in card["history"]:
         rest = "  ".join(f"{k}={v}" for k, v in item.items() if k not in ("at", "event") and v not in (None, ""))
         history.add_row(item["at"], item["event"], Text(rest))
-    return Group(facts, "", objects, "", history)
+    return Group(*parts, "", history)

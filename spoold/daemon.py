@@ -17,7 +17,7 @@ from spoold.holds import Holds
 from spoold.ledger import Ledger
 from spoold.looker import Looker
 from spoold.model import Claim, Headers
-from spoold.owner import LEASE_S, Owner
+from spoold.owner import LEASE_S, OWNERS, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.spool import Spool
 from spoold.store import Store
@@ -57,7 +57,7 @@ class Daemon:
         self._starting = {spool.name for spool in settings.spools}
         os.makedirs(settings.state_dir, mode=0o750, exist_ok=True)
         self._ledger = Ledger(settings.ledger_url, clock=self._clock)
-        self._owner = Owner(settings.state_dir / "owners", clock=self._clock)
+        self._owner = Owner(settings.state_dir / OWNERS, clock=self._clock)
         concurrency = settings.upload.concurrency if settings.upload.concurrency != "auto" else _AUTO_CONCURRENCY
         self._workers = min(_MOST_WORKERS, concurrency)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="put")

@@ -6,6 +6,7 @@ world moved on, look again), and ConfigError (do not start). Only `pipeline.walk
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -102,7 +103,11 @@ class StillOpen(Stale):
 
 
 class Unfinished(Stale):
-    """The image does not decode: the batch goes back to being incomplete."""
+    """Images do not decode: what has these basenames goes back to being incomplete."""
+
+    def __init__(self, message: str, basenames: Iterable[str], *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.basenames = frozenset(basenames)
 
 
 class ClaimLost(Stale):

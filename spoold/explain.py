@@ -19,7 +19,7 @@ from spoold.looker import verdicts_of, with_veto
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
 from spoold.spool import ASIDE, KEPT, Spool
 
-NOTHING_KNOWN = Known({}, None, False, None, None, False)
+NOTHING_KNOWN = Known({}, None, False, None, frozenset(), False)
 
 _WAITING_FOR = {
     "": "is about to be let go",
@@ -94,6 +94,8 @@ class Explainer:
 
     def why(self, path: str) -> str:
         """Say in one true sentence why what lies at `path` is still there, or where it went, and what would change it."""
+        if not path:
+            return f"{self.spool.root} is the root of spool {self.spool.name}: it always stays; ask about what lies in it."
         if path == HOUSE or path.startswith(HOUSE + "/"):
             return self._why_in_house(path)
         status = self._lstat(path)
@@ -104,10 +106,7 @@ class Explainer:
         is_file = status is not None and stat.S_ISREG(status.st_mode)
         is_marker = self.spool.marker is not None and path == f"{record}/{self.spool.marker}"
         if record is None or (is_file and place is None and not is_marker):
-            return (
-                f"{path} stays: it does not fit the layout `{self._settings.path}` of spool {self.spool.name}, "
-                "so it is none of spoold's business."
-            )
+            return self._why_foreign(path, status)
         if is_file and place is not None:
             identity = Identity.of(status) if status is not None else None
             assert identity is not None, "a regular file was looked at"
@@ -115,6 +114,14 @@ class Explainer:
             if refusal := self.spool.refusal(file):
                 return f"{path} stays: {refusal}; rename it, or mend `key` of spool {self.spool.name}."
         return self._why_record(path, record, is_there=status is not None)
+
+    def _why_foreign(self, path: str, status: os.stat_result | None) -> str:
+        layout = f"the layout `{self._settings.path}` of spool {self.spool.name}"
+        if status is None:
+            return f"{path} is not there, and never went anywhere: it does not fit {layout}."
+        if stat.S_ISDIR(status.st_mode) and self.spool.layout.may_lead_to_record(path):
+            return f"{path} is a directory that records lie in: it stays; ask about one of them."
+        return f"{path} stays: it does not fit {layout}, so it is none of spoold's business."
 
     def _why_record(self, path: str, record: str, *, is_there: bool) -> str:
         rows = self._ledger.record_status(record, spool=self.spool.name) if self._ledger is not None else []
@@ -130,6 +137,9 @@ class Explainer:
         mine = [file for file in unknown if file.path == path or path == record or file.path.startswith(f"{path}/")]
         if mine:
             return self._why_new(path, snapshot, known)
+        is_file_path = self.spool.layout.parse(path) is not None
+        if not is_there and is_file_path and not self._ledger.objects_at(path, spool=self.spool.name):
+            return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
         return self._why_known(path, record, row, current, is_there=is_there)
 
     def _why_new(self, path: str, snapshot: Snapshot, known: Known) -> str:
@@ -153,7 +163,11 @@ class Explainer:
     def _why_known(self, path: str, record: str, row: dict[str, Any], current: dict[str, Any], *, is_there: bool) -> str:
         assert self._ledger is not None, "known is what a ledger knows"
         state = row["state"]
-        if state in ("receiving", "stalled") and current.get("state") not in ("stored", "done"):
+        is_another = state in ("receiving", "stalled") and current.get("state") in ("pending", "dead")
+        if is_another:  # it is another basename of the record that is not complete
+            is_deferred = current["next_attempt_at"] is not None
+            state = "dead" if current["state"] == "dead" else "retrying" if is_deferred else "queued"
+        if state in ("receiving", "stalled") and current.get("state") is None:
             return (
                 f"{path} waits because record {record} is not complete ({current['reason']}); it goes up as soon as that "
                 f"changes, or as it lies with: spoold retry --as-is {record}"
@@ -170,11 +184,11 @@ class Explainer:
                 return f"{path} is complete and waits for its turn."
             return (
                 f"{path} waits for another attempt at {row['next_attempt_at']}, because the last of {row['attempts']} "
-                f"did not succeed ({row['error']}); to try now: spoold retry {record}"
+                f"did not succeed ({current['error']}); to try now: spoold retry {record}"
             )
         if state == "dead":
             hint = f"{current['hint']}; " if current.get("hint") else ""
-            return f"{path} stays because its upload was given up ({row['error']}); {hint}then: spoold retry {record}"
+            return f"{path} stays because its upload was given up ({current['error']}); {hint}then: spoold retry {record}"
         if state == "gone":
             return f"{path} is gone: the app removed it before it was uploaded."
         return self._why_uploaded(path, record, current, is_there=is_there)
@@ -185,13 +199,17 @@ class Explainer:
         objects = self._ledger.record_objects(record, spool=self.spool.name)
         where = (
             f"s3://{went[0]['bucket']}/{went[0]['key']}" if went
-            else f"{len(objects)} object{'s' if len(objects) != 1 else ''} under s3://{self._settings.bucket}/"
+            else f"s3://{self._settings.bucket}/ ({len(objects)} object{'s' if len(objects) != 1 else ''})"
         )  # fmt: skip
-        if not is_there:
-            return f"{path} went to {where}, proven at {current.get('stored_at')}, and its local file was let go."
+        if not went:
+            path = path if path == record else f"{path} of record {record}"
+        is_aside = bool(went) and went[0]["aside_name"] is not None
+        if not is_there and not is_aside and (went or current.get("state") == "done"):
+            files = "local file was" if went else "local files were"
+            return f"{path} went to {where}, proven at {current.get('stored_at')}, and its {files} let go."
         if current.get("state") == "done":
-            if os.path.isdir(self.spool.root / path):
-                return f"{path} stays: something that spoold did not upload lies in it, or it is not old enough to be removed."
+            if not went:
+                return f"{path} went to {where}, proven at {current.get('stored_at')}; {self._why_directory(current)}."
             because = (
                 "cleanup.delete is false" if not self._settings.cleanup.delete
                 else "the kernel cannot tell here who has it open for writing (cleanup.without_leases: keep)"
@@ -199,9 +217,18 @@ class Explainer:
             return f"{path} is in {where}, proven at {current['stored_at']}, and stays here because {because}."
         waits = _WAITING_FOR.get(current.get("waiting_for") or "", "is about to be let go")
         due = current.get("due_at")
-        again = f"; the next look is at {iso(due)}" if due else ""
+        again = f"; the next look is at {iso(due)}" if due and due > self._clock.now() else ""
         error = f" ({current['error']})" if current.get("error") else ""
         return f"{path} is in {where}, proven at {current.get('stored_at')}, and {waits}{error}{again}."
+
+    def _why_directory(self, current: dict[str, Any]) -> str:
+        """Say why a directory is still there whose record is done."""
+        if not self._settings.cleanup.delete:
+            return "its local files stay because cleanup.delete is false"
+        if current.get("waiting_for") == "dirs":
+            age_s = self._settings.cleanup.keep_empty_dirs_for
+            return f"its directory goes once it is empty and {age_s:g} s old (cleanup.keep_empty_dirs_for)"
+        return "its directory stays because something lies in it that spoold did not upload, or may not remove"
 
     def _why_in_house(self, path: str) -> str:
         if path.startswith(f"{HOUSE}/{KEPT}/"):
@@ -226,8 +253,9 @@ class Explainer:
         known = self._ledger.known(self.spool.name, record)
         rows = self._ledger.record_status(record, spool=self.spool.name)
         if any(known.files.get(file.path) != file.identity for file in snapshot.files):
-            if rows and rows[0]["state"] == "stalled":
-                return f"it is stalled ({rows[0]['error']})"
+            current = self._ledger.current(record, spool=self.spool.name)
+            if current.get("sighted") in ("receiving", "stalled"):
+                return f"it is not complete ({current['reason']})"
             return "files lie there that the daemon has not accepted yet"
         if not rows:
             return "nobody has seen it yet"

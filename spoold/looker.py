@@ -65,23 +65,24 @@ class Looker:
         for oddity in snapshot.oddities:
             self.report(oddity)
         if all(known.files.get(file.path) == file.identity for file in snapshot.files):
+            if snapshot.hides and not snapshot.files:
+                return Next()  # what cannot be looked at is not gone
             unfinished = known.state in (State.PENDING, State.DEAD)
             if known.sighted in ("receiving", "stalled") or (unfinished and not snapshot.files):
                 self._ledger.nothing_waits(self._spool.name, record, is_empty=not snapshot.files)
             return Next()
         judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
         verdicts = [with_veto(self._spool, self._images, snapshot, verdict, as_is=known.as_is) for verdict in judged]
-        complete = {verdict.basename for verdict in verdicts if verdict.is_complete}
-        # What no key can be made for goes to its grave alone, so that it keeps nothing else from going up.
-        chosen = complete or {verdict.basename for verdict in verdicts if verdict.refused}
+        chosen = {verdict.basename for verdict in verdicts if verdict.is_complete}
+        refused = {verdict.basename for verdict in verdicts if verdict.refused}
+        if refused >= {file.basename for file in snapshot.files}:
+            # What no key can be made for goes to its grave alone: a batch is dead as a whole, with all that is in it.
+            chosen = refused
         files = self._batch_files(snapshot, chosen, known)
-        if known.vetoed is not None and known.vetoed == fingerprint(files):
-            verdicts = [replace(verdict, vetoed_by="images", reason=UNDECODABLE) for verdict in verdicts]
-            chosen = set()
-        waiting = [verdict for verdict in verdicts if verdict.basename not in chosen and not verdict.refused]
+        waiting = [verdict for verdict in verdicts if verdict.basename not in chosen]
         if chosen:
-            deciders = {verdict.decided_by or "refused" for verdict in verdicts if verdict.basename in chosen}
-            decided_by = ",".join(sorted(deciders))
+            deciders = {str(verdict.decided_by) for verdict in verdicts if verdict.basename in chosen}
+            decided_by = "refused" if chosen == refused else ",".join(sorted(deciders))
             if self._ledger.offer(self._spool.name, snapshot, files, decided_by=decided_by, is_all=not waiting):
                 self._on_offer()
         return self._wait_for(snapshot, waiting) if waiting else Next()
@@ -96,17 +97,17 @@ class Looker:
         log.warning("path.ignored", spool=self._spool.name, path=path, detail=oddity.reason)
 
     def _batch_files(self, snapshot: Snapshot, chosen: set[str], known: Known) -> list[SpooledFile]:
-        """All files of the chosen basenames, and those that the batch which gives way answered for."""
+        """All files of the chosen basenames, and those that the batch which gives way answered for and that have a key."""
         return [
             file for file in snapshot.files
-            if file.basename in chosen or known.files.get(file.path) == file.identity
+            if file.basename in chosen or (known.files.get(file.path) == file.identity and not self._spool.refusal(file))
         ]  # fmt: skip
 
     def _wait_for(self, snapshot: Snapshot, waiting: list[Verdict]) -> Next:
         files = [file for verdict in waiting for file in _of(snapshot, verdict)]
         everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
         age_s = min(self._ages.age_s(file.identity) for file in everything)
-        is_stalled = age_s >= self._within_s
+        is_stalled = age_s >= self._within_s or all(verdict.refused for verdict in waiting)
         is_settling = any(verdict.vetoed_by == "quiet" for verdict in waiting)
         # How long it has been quiet changes with every look: no news for the ledger.
         reasons = "; ".join(f"{verdict.basename}: {verdict.reason}" for verdict in waiting if verdict.vetoed_by != "quiet")
@@ -124,14 +125,23 @@ class Looker:
 def verdicts_of(
     spool: Spool, rules: Rules, snapshot: Snapshot, known: Known, *, age_s: Callable[[Identity], float]
 ) -> list[Verdict]:
-    """Return the verdicts that need no file to be opened; a basename with a file that can have no key is refused."""
+    """Return the verdicts that need no file to be opened; a basename with a file that can have no key is refused.
+
+    So is what was found not to decode: it is vetoed for as long as it stays as it is.
+    """
     verdicts = judge(snapshot, rules, known=known.files, has_original=known.has_original, age_s=age_s, as_is=known.as_is)
     refusals = {
         verdict.basename: next((why for file in _of(snapshot, verdict) if (why := spool.refusal(file))), None)
         for verdict in verdicts
     }
-    return [
+    verdicts = [
         verdict if (reason := refusals[verdict.basename]) is None else replace(verdict, refused=True, reason=reason)
+        for verdict in verdicts
+    ]
+    return [
+        replace(verdict, vetoed_by="images", reason=UNDECODABLE)
+        if verdict.is_complete and fingerprint(_of(snapshot, verdict)) in known.vetoed
+        else verdict
         for verdict in verdicts
     ]
 

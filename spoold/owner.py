@@ -21,6 +21,9 @@ from spoold.errors import ClaimLost
 LEASE_S = 30.0
 """How long a claim lasts unless it is renewed."""
 
+OWNERS = "owners"
+"""The directory of the lock files, in state_dir."""
+
 
 class Owner:
     """Proof of life: a name for claims, a lock that dies with us, and how long our claims surely last.
@@ -36,7 +39,7 @@ class Owner:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = directory / self.name
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)  # nobody else keeps it, but one who looks may have it for a moment
         self._sure_until = clock.monotonic() + LEASE_S
         self._at_work = 0
         self._lock = threading.Lock()
@@ -94,3 +97,22 @@ class Owner:
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
+
+
+def living(directory: Path) -> int | None:
+    """Return how many daemons live whose lock files are in this directory; None if we may not look."""
+    count = 0
+    try:
+        for path in directory.iterdir():
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                count += 1
+            finally:
+                os.close(fd)
+    except FileNotFoundError:
+        return count
+    except PermissionError:
+        return None
+    return count

@@ -104,13 +104,16 @@ class Pipeline:
         return self._ledger.stored(claim, results, replaced_after_s=parts.replaced_after_s, elapsed_s=elapsed_s)
 
     def _demand_whole_images(self, claim: Claim, spool: Spool) -> None:
-        """Raise Unfinished if an image does not decode. A batch taken as it lies is not asked."""
+        """Raise Unfinished if images do not decode. A batch taken as it lies is not asked."""
         if self._ledger.was_taken_as_is(claim):
             return
-        for file in claim.batch.uploads:
-            with spool.opened(file.file) as fd:
-                if reason := styles.undecodable(fd):
-                    raise Unfinished(f"decode {file.file.path}: {reason}")
+        reasons: dict[str, str] = {}
+        for file in (file.file for file in claim.batch.uploads if not file.is_gone):
+            with spool.opened(file) as fd:
+                if file.basename not in reasons and (reason := styles.undecodable(fd)):
+                    reasons[file.basename] = f"decode {file.path}: {reason}"
+        if reasons:
+            raise Unfinished("; ".join(reasons.values()), reasons)
 
     def _answer(self, claim: Claim, parts: Parts, fault: SpooldError) -> Outcome:
         """Turn a fault into what the daemon does next."""
@@ -122,7 +125,7 @@ class Pipeline:
                 self._ledger.reopen(claim, fault.keys, fault)
                 return Outcome.DEFERRED
             case Stale():
-                self._ledger.withdraw(claim, fault, vetoed=isinstance(fault, Unfinished))
+                self._ledger.withdraw(claim, fault, vetoed=fault.basenames if isinstance(fault, Unfinished) else ())
                 parts.touch(claim.batch.record)
                 return Outcome.STALE
             case Halt() | StoreUnavailable() | Unproven() if self._holds.is_down(claim.batch.spool, fault):

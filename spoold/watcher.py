@@ -177,7 +177,7 @@ class Watcher:
         except LedgerUnavailable as fault:
             log.warning("ledger.unavailable", spool=self._spool.name, detail=str(fault), hint=fault.hint)
             return 0.5
-        if self._sweeps and len(self._due) < _PENDING_AT_MOST:
+        if self._sweeps and len(self._settling) < _PENDING_AT_MOST:
             return 0.0
         now = self._clock.monotonic()
         return min(0.05, max(0.0, self._order[0][0] - now)) if self._order else 0.05
@@ -250,7 +250,7 @@ class Watcher:
         now = self._clock.monotonic()
         if self._swept_at is None or now - self._swept_at >= self._sweep_every_s:
             self.sweep("start" if self._swept_at is None else "time")
-        if not self._sweeps or len(self._due) >= _PENDING_AT_MOST:
+        if not self._sweeps or len(self._settling) >= _PENDING_AT_MOST:
             return
         current = self._sweeps[0]
         for _ in range(_SWEPT_A_TURN):
@@ -261,7 +261,7 @@ class Watcher:
                 break
             if isinstance(found, Oddity):
                 self._looker.report(found)
-            elif found not in self._due:
+            elif found not in self._settling:  # it may be due in minutes only, when `within` ends
                 current.records += 1
                 self._schedule(found, now, settling=True)
         if current.is_whole and not self._is_ready:
@@ -282,7 +282,7 @@ class Watcher:
         # What the ledger waits for and the sweep did not meet may be gone: a look tells.
         now = self._clock.monotonic()
         for record in self._ledger.unfinished(self._spool.name):
-            if record not in self._due:
+            if record not in self._settling:
                 self._schedule(record, now, settling=True)
         log.info("sweep.finished", spool=self._spool.name, records=sweep.records, elapsed_s=round(now - sweep.began, 3))
 
@@ -302,7 +302,7 @@ class Watcher:
             log.warning("watch.overflowed", spool=self._spool.name, detail="the kernel dropped events; everything is swept")
             self.sweep("overflow")
         for record in self._ledger.wanted_as_is(self._spool.name):
-            if record not in self._due:
+            if record not in self._settling:
                 self._schedule(record, now, settling=True)
         if self._observes:
             self._check_canary(now)

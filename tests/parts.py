@@ -24,6 +24,7 @@ from spoold import cleanup, completeness
 from spoold.cleanup import Cleaner
 from spoold.clock import Ages, SystemClock
 from spoold.digest import Digester
+from spoold.errors import ClaimLost
 from spoold.holds import Holds
 from spoold.layout import Layout
 from spoold.ledger import Ledger
@@ -246,6 +247,7 @@ class Bench:
         )
         self.touched: list[str] = []
         self.has_claims = True
+        self.interruptions: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -381,8 +383,9 @@ class Bench:
         )  # fmt: skip
 
     def demand(self) -> None:
-        from spoold.errors import ClaimLost
-
+        """Say whether claims last; before that, do what the test wants done at this moment: before an effect."""
+        if self.interruptions:
+            self.interruptions.pop(0)()
         if not self.has_claims:
             raise ClaimLost("the claim may have run out")
 

@@ -6,7 +6,7 @@ what is true of the data; a claim says who is at it. One class in layers, a file
 """
 
 from spoold.ledger.clearing import Aside, Proof, ReplacedKey
-from spoold.ledger.looking import STATES, Looking
+from spoold.ledger.looking import STATES, TROUBLE, Looking
 from spoold.ledger.watching import Known
 
 
@@ -14,4 +14,4 @@ class Ledger(Looking):
     """All verbs of the ledger."""
 
 
-__all__ = ["STATES", "Aside", "Known", "Ledger", "Proof", "ReplacedKey"]
+__all__ = ["STATES", "TROUBLE", "Aside", "Known", "Ledger", "Proof", "ReplacedKey"]

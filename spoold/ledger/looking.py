@@ -15,6 +15,9 @@ from spoold.model import State
 STATES = ("receiving", "stalled", "queued", "uploading", "retrying", "dead", "uploaded", "done", "gone")
 """What a record can be, the least advanced first (contract, section 3)."""
 
+TROUBLE = ("dead", "stalled", "retrying")
+"""Those of the states in which something is wrong, the worst first."""
+
 
 class Looking(Clearing):
     """The verbs of `status`, `why`, `wait` and `retry`."""
@@ -28,6 +31,17 @@ class Looking(Clearing):
         for spool, state in sorted(found, key=lambda pair: (pair[0], STATES.index(pair[1]))):
             counts.setdefault(spool, {})[state] = found[spool, state]
         return counts
+
+    def troubled(self, *, limit: int) -> list[dict[str, Any]]:
+        """Return spool, path, state and error of the records with which something is wrong, the worst first."""
+        worst_first = "CASE state " + " ".join(f"WHEN '{state}' THEN {n}" for n, state in enumerate(TROUBLE)) + " END"
+        states = ", ".join(f"'{state}'" for state in TROUBLE)
+        statement = text(
+            f"SELECT spool, path, state, error FROM record_status WHERE state IN ({states}) "
+            f"ORDER BY {worst_first}, updated_at LIMIT :limit"
+        )
+        with self.read() as connection:
+            return [dict(row._mapping) for row in connection.execute(statement, {"limit": limit})]
 
     def record_status(self, path: str, *, spool: str | None = None) -> list[dict[str, Any]]:
         """Return the row of contract section 3 for the record at `path`, one for each spool that has it."""
@@ -158,7 +172,10 @@ class Looking(Clearing):
                     batch,
                     and_(
                         batch.c.record_key == record.c.id,
-                        batch.c.state.in_((State.PENDING, State.DEAD, State.STORED)),
+                        or_(
+                            batch.c.state.in_((State.PENDING, State.DEAD)),
+                            and_(batch.c.state == State.STORED, batch.c.next_attempt_at.is_not(None)),
+                        ),
                     ),
                 )
                 .outerjoin(sighting, and_(sighting.c.record_key == record.c.id, sighting.c.state != "gone"))

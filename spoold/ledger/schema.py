@@ -57,7 +57,7 @@ sighting = Table(  # what lies in the spool and is not yet, or not any more, a b
     Column("reason", Text, nullable=False),
     Column("files", Integer, nullable=False),
     Column("bytes", BigInteger, nullable=False),
-    Column("vetoed", Text),  # fingerprint of a snapshot whose images did not decode: not offered again
+    Column("vetoed", Text),  # fingerprints of basenames whose images did not decode: not offered again as they are
     Column("as_is", Boolean, nullable=False, server_default=sql_false()),  # a person said: take it as it lies
 )
 

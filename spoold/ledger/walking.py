@@ -6,7 +6,7 @@ Every change made by a walk is a compare-and-set that also demands its live clai
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Row, and_, delete, insert, or_, select, update
@@ -35,8 +35,10 @@ from spoold.model import (
     PutResult,
     State,
     StoredObject,
+    fingerprint,
 )
 
+_VETOES = 100  # remembered of a record; what is forgotten is decoded once more
 _NOTHING_WRONG: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "error_code": None, "error": None, "hint": None}
 
 
@@ -262,10 +264,10 @@ class Walking(Claiming):
             self._end(change, mine)
             self._bury(change, mine.batch.id, mine.batch.record_key, mine.batch.spool, mine.batch.record, fault)
 
-    def withdraw(self, mine: Claim, fault: SpooldError, *, vetoed: bool = False) -> None:
+    def withdraw(self, mine: Claim, fault: SpooldError, *, vetoed: Collection[str] = ()) -> None:
         """The world moved on: the batch is no more, the record is to be looked at again.
 
-        vetoed: this very snapshot is not to be offered again: its images do not decode.
+        vetoed: basenames whose files, as they are, must not be offered again: their images do not decode.
         """
         with self.write() as change:
             if not self._is_mine(change, mine):
@@ -276,15 +278,16 @@ class Walking(Claiming):
             if row.state != State.PENDING:
                 return
             change.execute(update(batch).where(batch.c.id == row.id).values(state=State.SUPERSEDED, due_at=None))
+            before = change.execute(select(sighting.c.vetoed).where(sighting.c.record_key == key)).scalar()
+            files = [file.file for file in mine.batch.uploads]
+            marks = before.split(",") if before else []
+            marks += [fingerprint(file for file in files if file.basename == basename) for basename in vetoed]
             change.execute(delete(sighting).where(sighting.c.record_key == key))
             waiting = {
-                "record_key": key,
-                "state": "receiving",
-                "reason": str(fault),
-                "files": row.files,
-                "bytes": row.bytes,
-            }
-            change.execute(insert(sighting), {**waiting, "vetoed": row.fingerprint if vetoed else None})
+                "record_key": key, "state": "receiving", "reason": str(fault), "files": row.files, "bytes": row.bytes,
+                "vetoed": ",".join(marks[-_VETOES:]) or None,
+            }  # fmt: skip
+            change.execute(insert(sighting), waiting)
             self._touched(change, key)
             self._tell(change, mine, "batch.superseded", detail=str(fault))
             change.tell("record.seen", record_key=key, spool=mine.batch.spool, record=mine.batch.record)

@@ -17,18 +17,18 @@ class Known:
     """What the ledger knows of a record: the files that its current batch answers for, and what else decides.
 
     state: of the current batch, or None. has_original: an original of it is live in the bucket.
-    vetoed: fingerprint of a snapshot that did not decode. as_is: a person said to take it as it lies.
+    vetoed: fingerprints of basenames whose images did not decode. as_is: a person said to take it as it lies.
     """
 
     files: Mapping[str, Identity]
     state: State | None
     has_original: bool
     sighted: str | None
-    vetoed: str | None
+    vetoed: frozenset[str]
     as_is: bool
 
 
-_UNKNOWN = Known({}, None, False, None, None, False)
+_UNKNOWN = Known({}, None, False, None, frozenset(), False)
 
 
 class Watching(Database):
@@ -54,7 +54,7 @@ class Watching(Database):
                 State(current.state) if current is not None else None,
                 connection.execute(originals).first() is not None,
                 seen.state if seen is not None else None,
-                seen.vetoed if seen is not None else None,
+                frozenset((seen.vetoed or "").split(",")) if seen is not None else frozenset(),
                 seen.as_is if seen is not None else False,
             )
 
@@ -115,26 +115,31 @@ class Watching(Database):
             return new
 
     def nothing_waits(self, spool: str, path: str, *, is_empty: bool) -> None:
-        """Write down that nothing of a record is incomplete any more; if it is empty, what was not uploaded is gone."""
+        """Write down that nothing of a record is incomplete any more; if it is empty, what was not uploaded is gone.
+
+        A record is gone only if nothing of it is in the bucket; else it is again what it was before: done, or uploaded.
+        """
         with self.write() as change:
             row = change.execute(select(record.c.id).where(record.c.spool == spool, record.c.path == path)).first()
             if row is None:
                 return
             seen = change.execute(select(sighting.c.state).where(sighting.c.record_key == row.id)).scalar()
             current = change.execute(_current(row.id)).first()
-            unfinished = current is not None and current.state in (State.PENDING, State.DEAD)
-            if not is_empty or (seen in (None, "gone") and not unfinished):
-                change.execute(delete(sighting).where(sighting.c.record_key == row.id, sighting.c.state != "gone"))
+            is_abandoned = is_empty and current is not None and current.state in (State.PENDING, State.DEAD)
+            if seen in (None, "gone") and not is_abandoned:
                 return
             change.execute(delete(sighting).where(sighting.c.record_key == row.id))
-            change.execute(
-                insert(sighting),
-                {"record_key": row.id, "state": "gone", "reason": "the app removed it", "files": 0, "bytes": 0},
-            )
-            if unfinished:
+            if is_abandoned:
                 self._supersede(change, row.id, before=None)
+                current = None
+            is_live = change.execute(select(object_.c.id).where(object_.c.record_key == row.id).limit(1)).first() is not None
             self._touched(change, row.id)
-            change.tell("record.gone", record_key=row.id, spool=spool, record=path)
+            if is_empty and not is_live and current is None:
+                gone = {"record_key": row.id, "state": "gone", "reason": "the app removed it", "files": 0, "bytes": 0}
+                change.execute(insert(sighting), gone)
+                change.tell("record.gone", record_key=row.id, spool=spool, record=path)
+            elif current is None or current.state == State.DONE:
+                change.tell("record.cleared", record_key=row.id, spool=spool, record=path, files=0)
 
     def unfinished(self, spool: str) -> list[str]:
         """Return the records that a sweep should have met: those not uploaded yet, as far as the ledger knows."""

@@ -27,8 +27,8 @@ QUICK: dict[str, Any] = {  # what a test has no time for; contract, section 2
 BRISK = {"spoold.daemon._IDLE_S": 0.1}  # how often an idle worker looks for what is due; 1 s otherwise
 ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow which
     None: {"record.seen"},
-    "record.seen": {"record.stalled", "record.gone", "batch.settled", "batch.superseded", "record.seen"},
-    "record.stalled": {"record.gone", "batch.settled", "record.seen"},
+    "record.seen": {"record.stalled", "record.gone", "record.cleared", "batch.settled", "batch.superseded", "record.seen"},
+    "record.stalled": {"record.gone", "record.cleared", "batch.settled", "record.seen"},
     "record.gone": {"record.seen"},
     "batch.settled": {"batch.claimed", "batch.superseded", "record.gone", "batch.settled", "batch.dead", "record.seen"},
     "batch.claimed": {
@@ -37,7 +37,7 @@ ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow whic
     },
     "batch.deferred": {"batch.claimed", "batch.superseded", "batch.settled", "record.seen", "record.gone", "batch.dead"},
     "batch.dead": {"batch.claimed", "batch.superseded", "batch.settled", "record.seen", "record.gone"},
-    "batch.superseded": {"record.seen", "batch.claimed", "batch.settled", "record.gone"},
+    "batch.superseded": {"record.seen", "batch.claimed", "batch.settled", "record.gone", "record.cleared"},
     "batch.stored": {"record.cleared", "record.seen", "batch.superseded", "batch.settled", "batch.deferred"},
     "record.cleared": {"record.seen", "batch.settled"},
 }  # fmt: skip

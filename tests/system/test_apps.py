@@ -506,10 +506,6 @@ def test_rule_1_the_waiting_basename_may_go_away_again(rclone_server: RcloneServ
     site.demand_laws(at(RECORD, "me.jpg", both(1)))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="record.gone is logged where the record is and stays `done`: which line says that nothing waits any more?",
-)
 @pytest.mark.parametrize("is_new_version", [False, True])
 def test_a_record_that_stays_done_is_not_logged_as_gone(
     is_new_version: bool, rclone_server: RcloneServer, tmp_path: Path
