@@ -412,11 +412,7 @@ class Cleaner:
         for name in names:
             try:
                 self._recover(name, owner, lease_s)
-            except (
-                Stale,
-                Refused,
-                OSError,
-            ) as error:  # of this one alone: the others wait to be recovered, and so does the spool
+            except (Stale, Refused, OSError) as error:  # of this one alone: the others wait, and the whole spool
                 fault = fault_of(error, "recover", name) if isinstance(error, OSError) else error
                 if isinstance(fault, Halt):
                     raise fault from error

@@ -295,8 +295,7 @@ def main() -> None:
     except SpooldError as error:
         click.echo(f"spoold: {error}" + (f"; {error.hint}" if error.hint else ""), err=True)
         code = EX_UNAVAILABLE
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # click's answer to a reader that left early, as in `spoold status | head -1`
         code = EX_OK
     except Exception:
         traceback.print_exc()

@@ -69,7 +69,8 @@ class Explainer:
         for root in (str(self._settings.root), str(self.spool.root)):
             absolute = os.path.normpath(path)
             if absolute == os.path.normpath(root) or absolute.startswith(os.path.normpath(root) + "/"):
-                return os.path.relpath(absolute, os.path.normpath(root)).removeprefix(".")
+                below = os.path.relpath(absolute, os.path.normpath(root))
+                return "" if below == "." else below
         return None
 
     def knows(self, path: str) -> bool:
@@ -137,8 +138,8 @@ class Explainer:
         mine = [file for file in unknown if file.path == path or path == record or file.path.startswith(f"{path}/")]
         if mine:
             return self._why_new(path, snapshot, known)
-        is_file_path = self.spool.layout.parse(path) is not None
-        if not is_there and is_file_path and not self._ledger.objects_at(path, spool=self.spool.name):
+        is_unknown = row["state"] in ("uploaded", "done") and self.spool.layout.parse(path) is not None
+        if not is_there and is_unknown and not self._ledger.objects_at(path, spool=self.spool.name):
             return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
         return self._why_known(path, record, row, current, is_there=is_there)
 

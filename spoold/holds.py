@@ -21,13 +21,16 @@ _PROBE_LASTS_S = 1.0
 
 @dataclass(slots=True)
 class _Hold:
-    """What is known of one spool's refusals. kinds: "store" and "disk", whichever refuse."""
+    """What is known of one spool's refusals.
+
+    kinds: "store" and "disk", whichever refuse. fine_at: kind → when a probe of it last succeeded, monotonic seconds.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     kinds: set[str] = field(default_factory=set)
     probe_at: float = 0.0
     wait_s: float = _FIRST_PROBE_S
-    fine_at: float = float("-inf")
+    fine_at: dict[str, float] = field(default_factory=dict)
 
 
 class Holds:
@@ -61,14 +64,14 @@ class Holds:
         with hold.lock:
             if kind in hold.kinds:
                 return True
-            if self._clock.monotonic() - hold.fine_at < _PROBE_LASTS_S:
+            if self._clock.monotonic() - hold.fine_at.get(kind, float("-inf")) < _PROBE_LASTS_S:
                 return False
             try:
                 self._probes[spool][kind]()
             except SpooldError as why:
                 self._hold(spool, hold, kind, why)
                 return True
-            hold.fine_at = self._clock.monotonic()
+            hold.fine_at[kind] = self._clock.monotonic()
             return False
 
     def hold(self, spool: str, fault: SpooldError) -> None:

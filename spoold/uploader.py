@@ -19,10 +19,10 @@ import tenacity
 from spoold.clock import Clock
 from spoold.content_type import sniff
 from spoold.digest import Digester
-from spoold.errors import BadPath, Changed, Draining, SpooldError, StoreUnavailable, Unproven
+from spoold.errors import BadPath, Changed, Draining, SpooldError, Stale, StoreUnavailable, Unproven
 from spoold.layout import Layout
 from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, Identity, Put, PutResult, StoredObject
-from spoold.spool import Spool
+from spoold.spool import Spool, fault_of
 from spoold.store import Store
 
 log = structlog.get_logger()
@@ -215,9 +215,11 @@ class Uploader:
                         if not getattr(why, "never_sent", False):
                             doubt_at = self._clock.now()
                         raise
-        except SpooldError as why:
-            in_doubt = isinstance(why, StoreUnavailable | Unproven) and doubt_at is not None
-            return PutResult(put, Answer.DOUBT if in_doubt else Answer.REFUSED, doubt_at=doubt_at, error=why)
+        except (SpooldError, OSError) as error:
+            fault = fault_of(error, "read", put.file.file.path) if isinstance(error, OSError) else error
+            # A try that was not made, or not answered either, does not settle what became of the one before.
+            in_doubt = isinstance(fault, StoreUnavailable | Unproven | Stale) and doubt_at is not None
+            return PutResult(put, Answer.DOUBT if in_doubt else Answer.REFUSED, doubt_at=doubt_at, error=fault)
         log.debug(
             "file.stored", spool=self._spool.name, path=put.file.file.path, key=put.key, style=put.file.file.style,
             size_bytes=stored.size,

@@ -25,7 +25,7 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_that_a_page_names_exists(page: Path) -> None:
-    named = set(re.findall(r"`spoold ([a-z]+)", page.read_text())) | set(re.findall(r"^    spoold ([a-z]+)", page.read_text(), re.M))
+    named = set(re.findall(r"(?:`|^    )spoold ([a-z]+)", page.read_text(), re.M))
 
     assert set() == named - set(cli.commands)
 

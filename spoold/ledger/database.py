@@ -83,10 +83,7 @@ class Database:
         self._shown = self._url.render_as_string()  # without its password
         self._writing = threading.Lock()
         if self._file and not create and not os.path.exists(self._file):
-            raise LedgerUnavailable(
-                f"open ledger {self._file}: there is none yet",
-                hint="it is made by the first `spoold run` with this configuration",
-            )
+            raise self._missing()
         self._engine = sqlalchemy.create_engine(self._url, connect_args={"timeout": 10.0, "check_same_thread": False})
         sqlalchemy.event.listen(self._engine, "connect", _configure)
         sqlalchemy.event.listen(self._engine, "begin", _begin)
@@ -130,6 +127,10 @@ class Database:
                 hint="put the old file back, or restart the daemon to use the one that is there",
             )
 
+    def _missing(self) -> LedgerUnavailable:
+        hint = "it is made by the first `spoold run` with this configuration"
+        return LedgerUnavailable(f"open ledger {self._shown}: there is none yet", hint=hint)
+
     def _bring_up_to_date(self, create: bool) -> None:
         with _translated():
             with self._engine.connect() as connection:
@@ -137,6 +138,8 @@ class Database:
                 revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if known else None
             if revision == schema.REVISION:
                 return
+            if revision is None and not create:
+                raise self._missing()  # or it is being made at this moment
             if not create:
                 raise LedgerUnavailable(
                     f"open ledger {self._shown}: its schema is {revision}, this spoold needs {schema.REVISION}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -24,7 +25,11 @@ QUICK: dict[str, Any] = {  # what a test has no time for; contract, section 2
     "complete": {"settle": "200ms"},
     "cleanup": {"min_age": "300ms", "grace": "200ms", "keep_empty_dirs_for": "300ms"},
 }
-BRISK = {"spoold.daemon._IDLE_S": 0.1}  # how often an idle worker looks for what is due; 1 s otherwise
+BRISK = {  # what no setting makes quicker: how often an idle worker looks for what is due, and a hold is probed
+    "spoold.daemon._IDLE_S": 0.1,
+    "spoold.holds._FIRST_PROBE_S": 0.2,
+    "spoold.holds._LAST_PROBE_S": 0.5,
+}
 ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow which
     None: {"record.seen"},
     "record.seen": {"record.stalled", "record.gone", "record.cleared", "batch.settled", "batch.superseded", "record.seen"},
@@ -41,6 +46,25 @@ ALLOWED_NEXT = {  # contract, section 4: which event of a record may follow whic
     "batch.stored": {"record.cleared", "record.seen", "batch.superseded", "batch.settled", "batch.deferred"},
     "record.cleared": {"record.seen", "batch.settled"},
 }  # fmt: skip
+ALLOWED_NEXT_OF_ONE = {  # the same for one batch, and for what waits: in a record of several basenames these interleave
+    "batch": {
+        None: {"batch.settled"},
+        "batch.settled": {"batch.claimed", "batch.superseded", "batch.dead"},
+        "batch.claimed": {"batch.claimed", "batch.stored", "batch.deferred", "batch.dead", "batch.superseded"},
+        "batch.deferred": {"batch.claimed", "batch.superseded", "batch.dead"},
+        "batch.dead": {"batch.claimed", "batch.superseded"},
+        "batch.stored": {"record.cleared", "batch.superseded", "batch.deferred"},
+        "batch.superseded": set(),
+        "record.cleared": set(),
+    },
+    "waiting": {
+        None: {"record.seen"},
+        "record.seen": {"record.seen", "record.stalled", "record.gone", "record.cleared"},
+        "record.stalled": {"record.seen", "record.gone", "record.cleared"},
+        "record.gone": {"record.seen"},
+        "record.cleared": {"record.seen"},
+    },
+}
 
 
 def until(condition: Callable[[], Any], what: str, *, timeout_s: float = DEADLINE_S) -> Any:
@@ -79,7 +103,7 @@ class Site:
         self.bucket = f"bucket-{abs(hash(str(directory))) % 10**10}"
         server.create_bucket(self.bucket)
         self.environment = {**os.environ, **server.environment(), **(environment or {})}
-        base = {"name": "uploads", "root": str(self.root), "bucket": self.bucket, **QUICK}
+        base = {"name": "uploads", "root": str(self.root), "bucket": self.bucket, **copy.deepcopy(QUICK)}
         self.settings: dict[str, Any] = {
             "state_dir": str(directory / "state"),
             "s3": merged(
@@ -274,6 +298,17 @@ class Daemon:
             assert event in ALLOWED_NEXT[before], f"{event} after {before} in {path}"
             before = event
         return path
+
+    def demand_legal_paths(self, record: str) -> None:
+        """Check a record of several basenames, where one waits while another goes up: each batch's lines, and the rest."""
+        paths: dict[int | None, list[str]] = {}
+        for line in self.lines():
+            if line.get("record") == record and line["event"] in set().union(*ALLOWED_NEXT_OF_ONE.values()):
+                paths.setdefault(line.get("batch"), []).append(line["event"])
+        for batch, path in paths.items():
+            allowed = ALLOWED_NEXT_OF_ONE["waiting" if batch is None else "batch"]
+            for before, event in zip([None, *path], path, strict=False):
+                assert event in allowed[before], f"{event} after {before} in {path} of batch {batch}"
 
     def kill(self) -> None:
         """SIGKILL, as the kernel does when memory runs out."""

@@ -136,7 +136,7 @@ def test_an_app_that_renames_its_files_into_place(
 def test_whole_trees_that_are_moved_in_from_outside_go_up(rclone_server: RcloneServer, tmp_path: Path) -> None:
     site = Site(tmp_path, rclone_server, spool=THUMB)
     outside = App(tmp_path / "outside")
-    written = {}
+    written: dict[str, bytes] = {}
     for attachment, number in (("avatars", 42), ("covers", 7), ("covers", 8)):
         outside.save(attachment, number, "me.jpg", both(number))
         written |= at(f"{attachment}/{number}", "me.jpg", both(number))
@@ -477,7 +477,7 @@ def test_rule_1_a_rolled_back_saves_basename_waits_without_holding_back_the_othe
         app.save("avatars", 42, "orphan.jpg", {"thumb": photo(10)})
         site.until_state(RECORD, "done")
 
-        daemon.demand_legal_path(RECORD)
+        daemon.demand_legal_paths(RECORD)
 
     assert ("receiving", 1, 3) == (row["state"], row["processing"], row["files"])
     assert "orphan" in why and "thumb" in why
@@ -501,6 +501,8 @@ def test_rule_1_the_waiting_basename_may_go_away_again(rclone_server: RcloneServ
         daemon.until_event("record.cleared", record=RECORD)
         app.destroy("avatars", 42, "orphan.jpg")
         row = site.until_state(RECORD, "done")
+
+        daemon.demand_legal_paths(RECORD)
 
     assert (0, 2) == (row["processing"], row["files"])
     site.demand_laws(at(RECORD, "me.jpg", both(1)))

@@ -93,7 +93,11 @@ def test_rule_12_links_and_special_files_are_reported_once_never_opened_and_neve
 def test_rule_12_names_that_are_no_utf_8_are_reported_once_and_stay(rclone_server: RcloneServer, tmp_path: Path) -> None:
     site = Site(tmp_path, rclone_server, spool=OFTEN)
     root = os.fsencode(site.root)
-    odd = [root + b"/avatars/42/original/m\xff.jpg", root + b"/avatars/\xe9t\xe9/original/me.jpg", root + b"/\xff/42/original/me.jpg"]
+    odd = [
+        root + b"/avatars/42/original/m\xff.jpg",
+        root + b"/avatars/\xe9t\xe9/original/me.jpg",
+        root + b"/\xff/42/original/me.jpg",
+    ]
     for path in odd:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
@@ -104,10 +108,7 @@ def test_rule_12_names_that_are_no_utf_8_are_reported_once_and_stay(rclone_serve
         site.until_state(RECORD, "done")
         swept(daemon)
 
-        assert {"avatars/42/original/m\\xff.jpg", "avatars/\\xe9t\\xe9", "\\xff"} == {
-            path.encode("utf-8").decode("unicode_escape").encode("latin-1").decode("utf-8", "backslashreplace")
-            if "\\udc" in path else path for path in ignored(daemon)
-        }  # fmt: skip
+        assert {"avatars/42/original/m\\udcff.jpg", "avatars/\\udce9t\\udce9", "\\udcff"} == set(ignored(daemon))
 
     assert {ME: photo(1)} == site.objects()
     assert all(photo(9) == Path(os.fsdecode(path)).read_bytes() for path in odd)
@@ -157,7 +158,7 @@ def test_a_key_over_1024_bytes_is_refused_and_the_records_other_files_go_up(
         swept(daemon)
 
         assert 1 == len(daemon.events("batch.dead"))
-        daemon.demand_legal_path(RECORD)
+        daemon.demand_legal_paths(RECORD)
 
     assert "BadPath" == dead["error"] == row["error_code"] and "1024" in row["error"] and "1024" in why
     assert {photo(1), photo(2), photo(11), photo(12)} == set(site.objects().values())
@@ -175,17 +176,17 @@ def test_an_empty_file_that_claims_to_be_an_image_is_incomplete(rclone_server: R
         path.write_bytes(photo(1))
         site.until_state(RECORD, "done")
 
-        daemon.demand_legal_path(RECORD)
+        daemon.demand_legal_paths(RECORD)
 
     assert "it is empty" in row["error"] and "me.jpg" in row["error"]
     site.demand_laws(written)
 
 
 @needs_root
-def test_a_file_that_may_not_be_read_waits_without_holding_back_the_others(
-    rclone_server: RcloneServer, tmp_path: Path
-) -> None:
-    site = Site(tmp_path, rclone_server, spool={"complete": {"within": "500ms"}, "cleanup": {"without_leases": "trust"}, **OFTEN})
+def test_a_file_that_may_not_be_read_waits_without_holding_back_the_others(rclone_server: RcloneServer, tmp_path: Path) -> None:
+    site = Site(
+        tmp_path, rclone_server, spool={"complete": {"within": "500ms"}, "cleanup": {"without_leases": "trust"}, **OFTEN}
+    )
     app = App(site.root)
 
     with site.daemon(constants=BRISK, within=POWERLESS) as daemon:
@@ -199,7 +200,7 @@ def test_a_file_that_may_not_be_read_waits_without_holding_back_the_others(
         path.chmod(0o644)
         site.until_state(RECORD, "done")
 
-        daemon.demand_legal_path(RECORD)
+        daemon.demand_legal_paths(RECORD)
 
     assert "private.jpg" in row["error"] and "Permission denied" in row["error"]
     assert {ME: photo(1)} == at_first
@@ -273,14 +274,13 @@ def test_rule_9_another_ledgers_spool_is_refused_and_not_touched_until_the_mark_
     second.root = first.root
     mark = first.root / ".spoold" / "owner"
 
-    with first.daemon(constants=BRISK):
-        with second.daemon(constants=BRISK) as refused:
-            held = refused.until_event("spool.held")
-            App(first.root).save("avatars", 42, "me.jpg", {"original": photo(1)})
-            first.until_state(RECORD, "done")
-            status = second.spoold("status")
+    with first.daemon(constants=BRISK), second.daemon(constants=BRISK) as refused:
+        held = refused.until_event("spool.held")
+        App(first.root).save("avatars", 42, "me.jpg", {"original": photo(1)})
+        first.until_state(RECORD, "done")
+        status = second.spoold("status")
 
-            assert not refused.events("record.seen")
+        assert not refused.events("record.seen")
     mine = mark.read_text().strip()
     App(first.root).save("avatars", 43, "me.jpg", {"original": photo(2)})
     with second.daemon(constants=BRISK) as daemon:

@@ -13,9 +13,7 @@ ORDER = ["record.seen", "batch.settled", "batch.claimed", "batch.stored", "recor
 
 def test_six_files_go_up_are_proven_and_leave_no_trace_in_the_spool(moto_server: MotoServer, tmp_path: Path) -> None:
     styles = ["large", "medium", "thumb", "tiny", "really_tiny"]
-    site = Site(
-        tmp_path, moto_server, spool={"complete": {"styles": ["original", *styles]}, "object": {"acl": "public-read"}}
-    )
+    site = Site(tmp_path, moto_server, spool={"complete": {"styles": ["original", *styles]}, "object": {"acl": "public-read"}})
     original = picture(1200, 900, 1, "JPEG")
     files = {"original": original, **styles_of(original)}
     written = {f"avatars/42/{style}/me.jpg": content for style, content in files.items()}
