@@ -55,9 +55,13 @@ class Daemon:
         self._busy = 0
         self._crash: BaseException | None = None
         self._starting = {spool.name for spool in settings.spools}
-        os.makedirs(settings.state_dir, mode=0o750, exist_ok=True)
-        self._ledger = Ledger(settings.ledger_url, clock=self._clock)
-        self._owner = Owner(settings.state_dir / OWNERS, clock=self._clock)
+        try:
+            os.makedirs(settings.state_dir, mode=0o750, exist_ok=True)
+            self._ledger = Ledger(settings.ledger_url, clock=self._clock)
+            self._owner = Owner(settings.state_dir / OWNERS, clock=self._clock)
+        except OSError as error:
+            hint = "set state_dir to a directory that the daemon's user may write into"
+            raise LedgerUnavailable(f"use state_dir {settings.state_dir}: {error.strerror}", hint=hint) from error
         concurrency = settings.upload.concurrency if settings.upload.concurrency != "auto" else _AUTO_CONCURRENCY
         self._workers = min(_MOST_WORKERS, concurrency)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="put")

@@ -20,6 +20,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,7 +60,7 @@ spools:
     cleanup:
       min_age: 5s
       grace: 2s
-      keep_empty_dirs_for: 5s
+      keep_empty_dirs_for: 2s
       without_leases: trust   # nothing here is worth keeping
 log: {{format: console, level: info}}
 """
@@ -99,6 +100,7 @@ class _Demo:
     """One demo below `base`: its places, its children, its app."""
 
     def __init__(self, base: Path, server: Path, console: Callable[[str], None]) -> None:
+        self._base = base
         self.root = base / "spool"
         self.config = base / "config.yaml"
         self._app_tmp = base / "app-tmp"
@@ -139,19 +141,23 @@ class _Demo:
         return code
 
     def _introduction(self) -> str:
-        drop = self.root / "avatars/99/original"
-        config = shlex.quote(str(self.config))
         spoold = _our_command()
         return f"""
-  the app's spool   {self.root}/avatars/ID/STYLE/NAME: records appear here, and go
-  the bucket        {self._s3 / BUCKET}: objects of {self._endpoint_url}, as plain files
-  the settings      {self.config}
+An app saves pictures into a spool; spoold moves them to S3, proves each one,
+and only then lets the local files go. Nothing of it is faked. All lies below
+{self._base}
+
+  spool/           the app writes avatars/ID/STYLE/NAME: see them come and go
+  s3/{BUCKET}/  the bucket, as plain files, of {self._endpoint_url}
+  config.yaml      the daemon's settings
 
 Try in another terminal:
 
-  mkdir -p {shlex.quote(str(drop))} && cp me.jpg {shlex.quote(str(drop))}
-  {spoold} status -c {config}
-  {spoold} why -c {config} {shlex.quote(str(drop / "me.jpg"))}
+  cd {shlex.quote(str(self._base))}
+  export SPOOLD_CONFIG=$PWD/config.yaml
+  mkdir -p spool/avatars/99/original && cp ~/me.jpg spool/avatars/99/original/
+  {spoold} why spool/avatars/99/original/me.jpg
+  {spoold} status
 
 Ctrl-C ends the demo.
 """
@@ -189,7 +195,7 @@ Ctrl-C ends the demo.
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary.rename(final)
             final.chmod(0o644)
-        self._console(f"the app saved avatars/{number}: the original and {len(STYLES)} styles")
+        self._console(f"{datetime.now():%H:%M:%S} [app      ] saved avatars/{number}: the original and {len(STYLES)} styles")
 
     def _look_on(self, daemon: subprocess.Popen[bytes], records: int, exit_when_idle: bool) -> int:
         """Return once the demo is over by itself: all is done, the daemon died, or nothing moves."""
@@ -369,9 +375,9 @@ def _signals_as_interrupts() -> Iterator[None]:
 def _our_command() -> str:
     """Return what a person types to call this very spoold."""
     script = Path(sys.executable).with_name("spoold")
-    if shutil.which("spoold") is not None or not script.exists():
-        return "spoold" if shutil.which("spoold") else f"{shlex.quote(sys.executable)} -m spoold"
-    return shlex.quote(os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script))
+    if shutil.which("spoold"):
+        return "spoold"
+    return shlex.quote(str(script)) if script.exists() else f"{shlex.quote(sys.executable)} -m spoold"
 
 
 def _quoted(path: Path) -> str:

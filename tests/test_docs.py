@@ -58,4 +58,4 @@ def test_every_path_of_the_paperclip_page_is_accepted(root: str, path: str, rest
 def test_every_command_teaches() -> None:
     for name, command in cli.commands.items():
         assert isinstance(command, Command)
-        assert len(command.help or "") > 60, f"{name} says too little"
+        assert len(command.help or "") > 40, f"{name} says too little"

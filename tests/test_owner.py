@@ -10,7 +10,7 @@ import pytest
 
 from spoold.clock import SystemClock
 from spoold.errors import ClaimLost
-from spoold.owner import LEASE_S, Owner
+from spoold.owner import LEASE_S, Owner, living
 from tests.parts import ManualClock
 
 OTHER = """
@@ -66,3 +66,36 @@ def test_a_claim_is_sure_only_while_it_was_renewed_in_time(tmp_path: Path) -> No
 
     ours.renewed(clock.monotonic())
     ours.demand()
+
+
+def test_claims_that_ran_out_are_not_sure_again_before_all_have_ended_who_were_at_work(tmp_path: Path) -> None:
+    """Renewing brings back those that nobody took over, and cannot tell a walk which kind its own is."""
+    clock = ManualClock()
+    ours = Owner(tmp_path, clock=clock)
+
+    with ours.at_work() as may_claim_before:
+        clock.advance(LEASE_S * 2)
+        ours.renewed(clock.monotonic())
+        with pytest.raises(ClaimLost):
+            ours.demand()
+        with ours.at_work() as may_claim_meanwhile:
+            pass
+    ours.renewed(clock.monotonic())
+    with ours.at_work() as may_claim_after:
+        ours.demand()
+
+    assert (True, False, True) == (may_claim_before, may_claim_meanwhile, may_claim_after)
+
+
+def test_the_daemons_that_live_are_counted_by_their_locks(tmp_path: Path) -> None:
+    nowhere = living(tmp_path / "owners")
+    ours = Owner(tmp_path / "owners", clock=SystemClock())
+    process, _ = other_daemon(tmp_path / "owners")
+    with process:
+        both = living(tmp_path / "owners")
+        process.kill()
+        process.wait(10)
+    one = living(tmp_path / "owners")
+    ours.close()
+
+    assert (0, 2, 1, 0) == (nowhere, both, one, living(tmp_path / "owners"))

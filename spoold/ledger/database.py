@@ -129,7 +129,7 @@ class Database:
 
     def _missing(self) -> LedgerUnavailable:
         hint = "it is made by the first `spoold run` with this configuration"
-        return LedgerUnavailable(f"open ledger {self._shown}: there is none yet", hint=hint)
+        return LedgerUnavailable(f"open ledger {self._file or self._shown}: there is none yet", hint=hint)
 
     def _bring_up_to_date(self, create: bool) -> None:
         with _translated():

@@ -25,7 +25,9 @@ QUICK: dict[str, Any] = {  # what a test has no time for; contract, section 2
     "complete": {"settle": "200ms"},
     "cleanup": {"min_age": "300ms", "grace": "200ms", "keep_empty_dirs_for": "300ms"},
 }
-BRISK = {  # what no setting makes quicker: how often an idle worker looks for what is due, and a hold is probed
+BRISK: dict[
+    str, object
+] = {  # what no setting makes quicker: how often an idle worker looks for what is due, and a hold is probed
     "spoold.daemon._IDLE_S": 0.1,
     "spoold.holds._FIRST_PROBE_S": 0.2,
     "spoold.holds._LAST_PROBE_S": 0.5,
@@ -125,7 +127,7 @@ class Site:
 
     @contextlib.contextmanager
     def daemon(
-        self, *, ready: bool = True, name: str = "daemon", constants: Mapping[str, float] | None = None,
+        self, *, ready: bool = True, name: str = "daemon", constants: Mapping[str, object] | None = None,
         within: Sequence[str] = (),
     ) -> Iterator[Daemon]:  # fmt: skip
         """Run a daemon for the block; it is drained at its end if it still runs.
@@ -242,7 +244,7 @@ class Site:
         self.demand_nothing_left()
 
 
-def _with_constants(constants: Mapping[str, float]) -> str:
+def _with_constants(constants: Mapping[str, object]) -> str:
     """Return a program that sets these numbers and then is spoold."""
     lines = []
     for name, value in constants.items():
@@ -255,7 +257,7 @@ class Daemon:
     """A daemon's process and what it logged."""
 
     def __init__(
-        self, site: Site, log_file: Path, constants: Mapping[str, float] = MappingProxyType({}), within: Sequence[str] = ()
+        self, site: Site, log_file: Path, constants: Mapping[str, object] = MappingProxyType({}), within: Sequence[str] = ()
     ) -> None:
         self._log_file = log_file
         program = ["-c", _with_constants(constants)] if constants else ["-m", "spoold"]

@@ -22,10 +22,8 @@ from tests.system.harness import BRISK, Daemon, Site, until
 RECORD = "avatars/42"
 THUMB: dict[str, Any] = {"complete": {"styles": ["thumb"]}}
 OFTEN = {**BRISK, "spoold.daemon._REMOVE_EVERY_S": 0.2}  # how often replaced keys are removed; 5 s otherwise
-SOON = {
-    **BRISK,
-    "spoold.cleanup._OPEN_AGAIN_S": 0.3,
-}  # how soon a file that is open for writing is looked at again; 15 s otherwise
+SOON = {**BRISK, "spoold.cleanup._OPEN_AGAIN_S": 0.3}  # when a file that is open for writing is looked at again; else 15 s
+DEAF = {**BRISK, "spoold.spool._NETWORK": ("",)}  # every filesystem is taken for one that tells no events
 
 
 def photo(seed: int) -> bytes:
@@ -151,6 +149,25 @@ def test_whole_trees_that_are_moved_in_from_outside_go_up(rclone_server: RcloneS
         until(lambda: site.directories() == {"avatars", "covers"}, "the records' directories are gone")
 
     site.demand_laws(written)
+
+
+def test_where_no_events_are_told_every_sweep_looks_also_at_what_waits(rclone_server: RcloneServer, tmp_path: Path) -> None:
+    """As on NFS. The record would be looked at in ten minutes by itself, when `within` is over."""
+    site = Site(tmp_path, rclone_server, spool={**THUMB, "sweep_every": "200ms"})
+    app = App(site.root)
+
+    with site.daemon(constants=DEAF) as daemon:
+        app.save("avatars", 42, "me.jpg", {"original": both(1)["original"]})
+        site.until_state(RECORD, "receiving")
+        until(lambda: "thumb" in site.spoold("why", RECORD).stdout, "it is settled, and incomplete")
+        sweeps = len(daemon.events("sweep.finished"))
+        daemon.until_event("sweep.finished", count=sweeps + 2)
+        app.save("avatars", 42, "me.jpg", {"thumb": both(1)["thumb"]})
+        site.until_state(RECORD, "done", timeout_s=10)
+
+        daemon.demand_legal_path(RECORD)
+
+    site.demand_laws(at(RECORD, "me.jpg", both(1)))
 
 
 def test_an_original_that_is_a_hard_link_leaves_the_apps_own_file_alone(rclone_server: RcloneServer, tmp_path: Path) -> None:

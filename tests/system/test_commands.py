@@ -112,6 +112,32 @@ def test_run_once_exits_69_if_the_destination_is_away_and_leaves_everything(
     assert 0 == site.status(RECORD)["attempts"]
 
 
+def test_run_once_exits_75_if_another_daemon_is_at_what_is_left(site: Site, paperclip: App, proxy: FaultProxy) -> None:
+    gate = threading.Event()
+    proxy.on("PUT", KEY, Delay(gate))
+
+    with site.daemon():
+        paperclip.save("avatars", 1, "me.jpg", photos(1))
+        proxy.await_seen("PUT", KEY)
+        run = site.spoold("run", "--once")
+        puts = len(proxy.requests("PUT", "avatars"))
+        gate.set()
+        site.until_state(RECORD, "done")
+
+    assert 75 == run.returncode
+    assert 1 == puts, "it kept out of the other's way"
+
+
+def test_a_state_dir_that_cannot_be_is_said_in_one_line(site: Site) -> None:
+    site.settings["state_dir"] = str(site.config / "state")
+    site.write_config()
+
+    run = site.spoold("run", "--once")
+
+    assert (69, "") == (run.returncode, run.stdout)
+    assert 1 == len(run.stderr.splitlines()) and "Not a directory; set state_dir" in run.stderr
+
+
 def test_run_once_does_not_wait_for_keep_for(site: Site, paperclip: App) -> None:
     set_up(site, keep_for="1h")
     paperclip.save("avatars", 1, "me.jpg", photos(1))
@@ -569,6 +595,27 @@ def test_why_finds_a_path_below_the_current_directory(site: Site) -> None:
     )  # fmt: skip
 
     assert why.stdout.startswith(f"{KEY} stays: it is a symbolic link")
+
+
+def test_a_record_that_two_spools_have_is_told_apart_by_the_spools_name(site: Site, paperclip: App, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    key = "other/:attachment/:id/:style/:basename.:extension"
+    site.settings["spools"].append(site.settings["spools"][0] | {"name": "other", "root": str(other), "key": key})
+    site.write_config()
+    paperclip.save("avatars", 1, "me.jpg", photos(1))
+    App(other).save("avatars", 1, "me.jpg", photos(2))
+    site.spoold("run", "--once")
+
+    ambiguous = site.spoold("why", KEY)
+    by_name = site.spoold("why", "--spool", "other", KEY)
+    by_path = site.spoold("why", str(other / KEY))
+    cards = site.spoold("status", RECORD)
+    one_card = site.spoold("status", "--spool", "other", RECORD)
+
+    assert 69 == ambiguous.returncode and "uploads, other have it; say which with --spool" in ambiguous.stderr
+    assert f"s3://{site.bucket}/other/{KEY}" in by_name.stdout and by_name.stdout == by_path.stdout
+    assert (2, 1) == tuple(len(re.findall("^spool ", shown.stdout, re.MULTILINE)) for shown in (cards, one_card))
 
 
 # wait

@@ -445,6 +445,38 @@ def test_a_large_file_goes_up_in_parts_with_a_checksum_each(site: Site, proxy: F
     site.demand_laws({VIDEO: large(1)})
 
 
+def test_rule_5_a_part_that_was_damaged_on_its_way_is_noticed(site: Site, proxy: FaultProxy) -> None:
+    site.settings["upload"]["multipart_threshold"] = "5MB"
+    site.write_config()
+    proxy.on("PUT", VIDEO, Flip(1000), times=1)
+
+    with site.daemon():
+        App(site.root).save("videos", 1, "clip.bin", {"original": large(1)})
+        site.until_state("videos/1", "done")
+
+    assert 4 == len(proxy.requests("PUT", VIDEO)), "two parts, and again"
+    site.demand_laws({VIDEO: large(1)})
+
+
+def test_rule_6_an_upload_whose_completion_was_not_answered_is_repeated(site: Site, proxy: FaultProxy) -> None:
+    """CompleteMultipartUpload counts as a PUT."""
+    site.settings["upload"] |= {"multipart_threshold": "5MB", "doubt": "3s"}
+    site.write_config()
+    proxy.on("POST", VIDEO, LoseAnswer(), times=1, skip=1)
+    app = App(site.root)
+
+    with site.daemon() as daemon:
+        app.save("videos", 1, "clip.bin", {"original": large(1)})
+        site.until_state("videos/1", "uploaded", "done")
+        app.replace("videos", 1, "clip.bin", "clip.bin", {"original": large(2)})
+        daemon.until_event("record.cleared", batch=2)
+
+    completions = [seen for seen in proxy.requests("POST", VIDEO) if "uploadId=" in seen.path]
+    assert [200, 200, 200] == [seen.upstream_status for seen in completions]
+    assert proxy.requests("HEAD", VIDEO)[-1].at - completions[0].at >= 3.0, "the first may land once more until then"
+    site.demand_laws({VIDEO: large(2)})
+
+
 def test_a_large_file_that_changes_under_way_is_aborted_and_goes_up_anew(site: Site, proxy: FaultProxy) -> None:
     site.settings["upload"]["multipart_threshold"] = "5MB"
     site.write_config()
