@@ -301,7 +301,7 @@ class Cleaner:
         name, path = file.aside_name, file.file.path
         self._aside_since.pop(name, None)
         identity = None
-        if self._ledger.has_newer(batch, path):
+        if self._ledger.has_newer(batch, file):
             self._keep(name)
             reason = f"{reason}; a newer version of it was accepted since, so it lies in {HOUSE}/{KEPT}/{name}"
         elif self._back_to(path, name):

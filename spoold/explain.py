@@ -17,7 +17,7 @@ from spoold.errors import BadPath, SpooldError
 from spoold.ledger import Known, Ledger
 from spoold.looker import verdicts_of, with_veto
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
-from spoold.spool import ASIDE, KEPT, Spool
+from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
 
 NOTHING_KNOWN = Known({}, None, False, None, frozenset(), False)
 
@@ -63,9 +63,10 @@ class Explainer:
     # Which path is meant
 
     def relative(self, path: str) -> str | None:
-        """Return `path` below this spool's root, or None if it is an absolute path elsewhere."""
+        """Return `path` below this spool's root, or None if it leads elsewhere. A relative one counts from the root."""
         if not os.path.isabs(path):
-            return path.strip("/")
+            below = os.path.normpath(path)
+            return None if below.split("/")[0] == ".." else "" if below == "." else below
         for root in (str(self._settings.root), str(self.spool.root)):
             absolute = os.path.normpath(path)
             if absolute == os.path.normpath(root) or absolute.startswith(os.path.normpath(root) + "/"):
@@ -102,6 +103,8 @@ class Explainer:
         status = self._lstat(path)
         if status is not None and (odd := _odd(status)):
             return f"{path} stays: {odd}; spoold never opens, follows or removes such a thing."
+        if status is not None and (link := self._link_above(path)):
+            return f"{path} stays: {link} is a symbolic link; spoold never opens, follows or removes such a thing."
         place = self.spool.layout.parse(path)
         record = self._record_of(path)
         is_file = status is not None and stat.S_ISREG(status.st_mode)
@@ -138,9 +141,10 @@ class Explainer:
         mine = [file for file in unknown if file.path == path or path == record or file.path.startswith(f"{path}/")]
         if mine:
             return self._why_new(path, snapshot, known)
-        is_unknown = row["state"] in ("uploaded", "done") and self.spool.layout.parse(path) is not None
-        if not is_there and is_unknown and not self._ledger.objects_at(path, spool=self.spool.name):
-            return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
+        has_batch = row["state"] not in ("receiving", "stalled", "gone")  # else nobody wrote down what lay there
+        if not is_there and path != record and has_batch:
+            if not self._ledger.knows_path(path, record_path=record, spool=self.spool.name):
+                return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
         return self._why_known(path, record, row, current, is_there=is_there)
 
     def _why_new(self, path: str, snapshot: Snapshot, known: Known) -> str:
@@ -211,16 +215,30 @@ class Explainer:
         if current.get("state") == "done":
             if not went:
                 return f"{path} went to {where}, proven at {current.get('stored_at')}; {self._why_directory(current)}."
-            because = (
-                "cleanup.delete is false" if not self._settings.cleanup.delete
-                else "the kernel cannot tell here who has it open for writing (cleanup.without_leases: keep)"
-            )  # fmt: skip
+            if not self._settings.cleanup.delete:
+                because = "cleanup.delete is false"
+            elif self._can_tell_writers(path):
+                because = "it was to stay when it was uploaded (cleanup.delete or without_leases); to have it let go: touch it"
+            else:
+                because = "the kernel cannot tell here who has it open for writing (cleanup.without_leases: keep)"
             return f"{path} is in {where}, proven at {current['stored_at']}, and stays here because {because}."
         waits = _WAITING_FOR.get(current.get("waiting_for") or "", "is about to be let go")
         due = current.get("due_at")
         again = f"; the next look is at {iso(due)}" if due and due > self._clock.now() else ""
         error = f" ({current['error']})" if current.get("error") else ""
         return f"{path} is in {where}, proven at {current.get('stored_at')}, and {waits}{error}{again}."
+
+    def _can_tell_writers(self, path: str) -> bool:
+        parent, name = os.path.split(path)
+        try:
+            with self.spool.directory(parent) as directory:
+                fd = open_regular(directory, name, path)
+        except SpooldError:
+            return False
+        try:
+            return is_open_for_writing(fd) is not None
+        finally:
+            os.close(fd)
 
     def _why_directory(self, current: dict[str, Any]) -> str:
         """Say why a directory is still there whose record is done."""
@@ -237,6 +255,11 @@ class Explainer:
         if path.startswith(f"{HOUSE}/{ASIDE}/"):
             return f"{path} is set aside and waits for its last look (cleanup.grace); then it is let go or given back."
         return f"{path} is spoold's own."
+
+    def _link_above(self, path: str) -> str | None:
+        parts = path.split("/")
+        above = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        return next((each for each in above if os.path.islink(self.spool.root / each)), None)
 
     def _lstat(self, path: str) -> os.stat_result | None:
         try:
@@ -276,19 +299,20 @@ class Explainer:
         """
         self.spool.root_identity()
         seen: set[str] = set()
+        odd: set[str] = set()  # what is odd in a record is met on the way to it, and again in it
         for found in self.spool.records():
             if isinstance(found, Oddity):
-                yield self._left(found.path, found.reason)
+                yield from self._left_once(found, odd)
             elif found not in seen:
                 seen.add(found)
-                yield from self._plan_record(found)
+                yield from self._plan_record(found, odd)
 
-    def _plan_record(self, record: str) -> Iterator[Planned]:
+    def _plan_record(self, record: str, odd: set[str]) -> Iterator[Planned]:
         snapshot = self.spool.look(record)
         known = self._ledger.known(self.spool.name, record) if self._ledger is not None else NOTHING_KNOWN
         verdicts = {verdict.basename: verdict for verdict in self._judge(snapshot, known)}
         for oddity in snapshot.oddities:
-            yield self._left(oddity.path, oddity.reason)
+            yield from self._left_once(oddity, odd)
         for file in snapshot.files:
             verdict = verdicts.get(file.basename)
             if verdict is None:
@@ -315,6 +339,11 @@ class Explainer:
         except BadPath:
             return None
 
+    def _left_once(self, oddity: Oddity, odd: set[str]) -> Iterator[Planned]:
+        if oddity.path not in odd:
+            odd.add(oddity.path)
+            yield self._left(oddity.path, oddity.reason)
+
     def _left(self, path: str, reason: str) -> Planned:
         return Planned(self.spool.name, path, self._settings.bucket, None, reason)
 
@@ -324,6 +353,8 @@ def find(explainers: list[Explainer], path: str) -> tuple[Explainer, str]:
 
     Raises SpooldError if no spool has it, or more than one.
     """
+    if os.path.normpath(path).split("/")[0] in (".", ".."):
+        path = os.path.abspath(path)  # nobody means the root by that, wherever they are
     candidates = [(explainer, relative) for explainer in explainers if (relative := explainer.relative(path)) is not None]
     found = [(explainer, relative) for explainer, relative in candidates if explainer.knows(relative)]
     if not found and not os.path.isabs(path):

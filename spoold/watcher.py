@@ -166,14 +166,15 @@ class Watcher:
     def step(self) -> float:
         """Do one turn and return for how many seconds there is nothing to do, 0.05 at most."""
         try:
-            self._check_health()
-            if self._is_broken:
-                return 0.05
-            self._read_hints()
-            self._sweep_on()
-            self._look_at_due()
-        except SpoolBroken as fault:
-            self._break(fault)
+            try:
+                self._check_health()
+                if self._is_broken:
+                    return 0.05
+                self._read_hints()
+                self._sweep_on()
+                self._look_at_due()
+            except SpoolBroken as fault:
+                self._break(fault)
         except LedgerUnavailable as fault:
             log.warning("ledger.unavailable", spool=self._spool.name, detail=str(fault), hint=fault.hint)
             return 0.5
@@ -271,8 +272,9 @@ class Watcher:
     def sweep(self, reason: str) -> None:
         """Begin to look at everything there is."""
         self._swept_at = self._clock.monotonic()
-        if any(sweep.is_whole for sweep in self._sweeps) and reason == "time":
-            return
+        under_way = sum(sweep.is_whole for sweep in self._sweeps)
+        if under_way > 1 or (under_way == 1 and reason == "time"):
+            return  # one that has not begun yet sees whatever that under way may have missed
         log.debug("sweep.started", spool=self._spool.name, detail=reason)
         self._sweeps.append(_Sweep(self._spool.records(), self._swept_at, is_whole=True))
 
@@ -325,7 +327,12 @@ class Watcher:
 
     def _check_canary(self, now: float) -> None:
         observer = self._observer
-        alive = observer is not None and observer.is_alive() and all(emitter.is_alive() for emitter in observer.emitters)
+        if observer is None:
+            if self._sang_at is None or now - self._sang_at > _SING_EVERY_S:
+                self._observe()
+                self.sweep("inotify")
+            return
+        alive = observer.is_alive() and all(emitter.is_alive() for emitter in observer.emitters)
         silent = self._sang_at is not None and not self._is_canary_heard and now - self._sang_at > _CANARY_SILENT_S
         if not alive or silent:
             reason = "watchdog's threads are dead" if not alive else "the canary's event did not come back"
@@ -353,8 +360,8 @@ class Watcher:
             )  # fmt: skip
         if not self._observes:
             return
-        observer = Observer()
         try:
+            observer = Observer()
             observer.schedule(_Hints(self._inbox), os.fspath(self._spool.root), recursive=True, event_filter=_EVENTS)
             observer.start()
         except OSError as error:
@@ -377,9 +384,9 @@ class Watcher:
     def _break(self, fault: SpoolBroken) -> None:
         self._sweeps.clear()
         if not self._is_broken:
-            self._is_broken = True
             self._stop_observing()
-            self._on_broken(fault)
+            self._on_broken(fault)  # where the ledger is gone too, this is told once it answers
+            self._is_broken = True
 
 
 @dataclass(slots=True)

@@ -63,6 +63,15 @@ LEASE_S = 30.0
 DEADLINE_S = 20.0
 
 
+class RealClock(SystemClock):
+    """Time that nobody moves, for tests of what the kernel does at its own pace."""
+
+    def advance(self, seconds: float) -> None:
+        raise AssertionError("this clock cannot be moved")
+
+    jump = advance
+
+
 class ManualClock:
     """Time that stands still until a test moves it, but that the wall clock is never behind the disk's ctimes."""
 
@@ -227,10 +236,10 @@ class Bench:
 
     def __init__(
         self, directory: Path, *, endpoint_url: str = NOWHERE, path: str = PATH, key: str = PATH, marker: str | None = None,
-        styles: Iterable[str] | None = None,
+        styles: Iterable[str] | None = None, clock: ManualClock | RealClock | None = None,
     ) -> None:  # fmt: skip
         self.directory = directory
-        self.clock = ManualClock()
+        self.clock: Any = clock or ManualClock()
         self.root = directory / "spool"
         self.root.mkdir(exist_ok=True)
         self.ledger_file = directory / "ledger.db"

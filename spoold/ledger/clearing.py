@@ -144,13 +144,14 @@ class Clearing(Walking):
         with self.write() as change:
             change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=None))
 
-    def has_newer(self, batch_id: int, path: str) -> bool:
-        """Say whether a newer batch of the same record holds, or held, a file at this path."""
+    def has_newer(self, batch_id: int, file: BatchFile) -> bool:
+        """Say whether a newer batch of the same record holds, or held, another file at this one's path."""
         older = select(batch.c.record_key).where(batch.c.id == batch_id).scalar_subquery()
         statement = (
             select(batch_file.c.id)
             .join(batch, batch.c.id == batch_file.c.batch_id)
-            .where(batch.c.record_key == older, batch.c.id > batch_id, batch_file.c.path == path)
+            .where(batch.c.record_key == older, batch.c.id > batch_id, batch_file.c.path == file.file.path)
+            .where(batch_file.c.ino != file.file.identity.ino)  # a snapshot taken at that moment may still have had this one
             .limit(1)
         )
         with self.read() as connection:

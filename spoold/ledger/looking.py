@@ -103,6 +103,19 @@ class Looking(Clearing):
         with self.read() as connection:
             return [dict(row._mapping) for row in connection.execute(statement)]
 
+    def knows_path(self, path: str, *, record_path: str, spool: str) -> bool:
+        """Say whether a file of any batch of this record lay at `path`, or below it."""
+        statement = (
+            select(batch_file.c.id)
+            .join(batch, batch.c.id == batch_file.c.batch_id)
+            .join(record, record.c.id == batch.c.record_key)
+            .where(record.c.spool == spool, record.c.path == record_path)
+            .where(or_(batch_file.c.path == path, batch_file.c.path.startswith(f"{path}/", autoescape=True)))
+            .limit(1)
+        )
+        with self.read() as connection:
+            return connection.execute(statement).first() is not None
+
     def bytes_by_spool(self) -> dict[str, tuple[int, int]]:
         """Return how many live objects each spool has, and their bytes."""
         statement = (

@@ -1,0 +1,666 @@
+"""Noticing change: events are hints, sweeps are the truth, and somebody watches the watcher."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreUnavailable
+from spoold.looker import Looker
+from spoold.model import HOUSE
+from spoold.watcher import Watcher
+from tests.paperclip import App, How, picture
+from tests.parts import (
+    NAME,
+    RECORD,
+    Bench,
+    RealClock,
+    captured,
+    in_a_world,
+    mount_tmpfs,
+    told,
+    until,
+    with_own_mounts,
+    without,
+)
+
+STYLES = ("original", "thumb")
+JPEG = picture(24, 18)
+CAT = {"original": JPEG, "thumb": picture(12, 9)}
+NEVER_S = 1e6
+
+
+class Watch:
+    """A watcher whose turns a test takes itself. What it tells others is written down."""
+
+    def __init__(self, bench: Bench, **changes: Any) -> None:
+        self.bench = bench
+        self.broken: list[SpooldError] = []
+        self.mended = 0
+        self.ready = 0
+        settle_s = changes.pop("settle_s", 0.05 if isinstance(bench.clock, RealClock) else 1.0)
+        self.looker = changes.pop("looker", None) or bench.looker(styles=STYLES, settle_s=settle_s)
+        values: dict[str, Any] = {
+            "sweep_every_s": NEVER_S, "move_in": self.move_in, "on_broken": self.broken.append, "on_mended": self._mend,
+            "on_ready": self._ready,
+        }  # fmt: skip
+        self.watcher = Watcher(
+            spool=bench.spool, looker=self.looker, ledger=bench.ledger, clock=bench.clock, **values | changes
+        )
+
+    def move_in(self) -> None:
+        self.bench.spool.move_in(self.bench.ledger.id)
+        self.bench.cleaner().recover("me", lease_s=30)
+
+    def _mend(self) -> None:
+        self.mended += 1
+
+    def _ready(self) -> None:
+        self.ready += 1
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.watcher.step()
+
+    def until(self, condition: Callable[[], Any], what: str, *, timeout_s: float = 20.0) -> Any:
+        """Take turns until something is true. A clock that is moved goes twice as fast as the kernel's."""
+
+        def turn() -> Any:
+            self.watcher.step()
+            if not isinstance(self.bench.clock, RealClock):
+                self.bench.clock.advance(0.01)
+            return condition()
+
+        return until(turn, what, timeout_s=timeout_s)
+
+    def swept(self) -> None:
+        """Have the first sweep done, and the canary heard."""
+        self.until(lambda: self.watcher.is_idle and self.watcher._is_canary_heard, "the first sweep has ended")
+
+    def until_state(self, *states: str, record: str = RECORD) -> None:
+        self.until(lambda: self.bench.state(record) in states, f"{record} is {' or '.join(states)}")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with Bench(tmp_path, clock=RealClock()) as bench:
+        yield bench
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Iterator[Bench]:
+    """A bench whose clock the test moves."""
+    with Bench(tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def watch(bench: Bench) -> Iterator[Watch]:
+    """A watcher in real time that has done its first sweep: what it finds from now on it was told."""
+    watch = Watch(bench)
+    watch.swept()
+    yield watch
+    watch.watcher.close()
+
+
+@pytest.fixture
+def moved_watch(moved: Bench) -> Iterator[Watch]:
+    watch = Watch(moved)
+    watch.swept()
+    yield watch
+    watch.watcher.close()
+
+
+def save(bench: Bench, record: str = RECORD, *, directory: Path | None = None) -> None:
+    for style, content in CAT.items():
+        file = (directory or bench.root) / record / style / "cat.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+# Hints
+
+
+@pytest.mark.parametrize("how", ["rename", "copy", "close_before_rename"])
+def test_what_an_app_writes_is_noticed_without_a_sweep(watch: Watch, how: How) -> None:
+    with captured() as lines:
+        App(watch.bench.root).save("avatars", 42, "cat.jpg", CAT, how=how)
+        watch.until_state("queued")
+
+    assert [] == told(lines, "sweep.finished")
+
+
+def test_a_record_that_is_moved_in_is_noticed(watch: Watch) -> None:
+    save(watch.bench, directory=watch.bench.directory / "elsewhere")
+    (watch.bench.root / "avatars").mkdir()
+    watch.turn(5)
+
+    (watch.bench.directory / "elsewhere" / RECORD).rename(watch.bench.root / RECORD)
+
+    watch.until_state("queued")
+
+
+def test_a_whole_tree_that_is_moved_in_is_noticed(watch: Watch) -> None:
+    for number in range(20):
+        save(watch.bench, f"avatars/{number}", directory=watch.bench.directory / "elsewhere")
+
+    (watch.bench.directory / "elsewhere/avatars").rename(watch.bench.root / "avatars")
+
+    watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 20}}, "all are queued")
+
+
+def test_directories_and_files_that_come_in_a_rush_are_all_noticed(watch: Watch) -> None:
+    """Those that are written before the kernel was asked to watch their directory make no event (FACTS 12)."""
+    writing = threading.Thread(target=lambda: [save(watch.bench, f"avatars/{number}") for number in range(150)])
+    writing.start()
+
+    watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 150}}, "all are queued")
+    writing.join()
+
+
+def test_a_file_that_is_removed_is_noticed(watch: Watch) -> None:
+    watch.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    watch.until_state("receiving")
+
+    (watch.bench.root / RECORD / "original/cat.jpg").unlink()
+
+    watch.until_state("gone")
+
+
+def test_a_directory_that_is_removed_is_noticed(watch: Watch) -> None:
+    watch.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    watch.until_state("receiving")
+
+    (watch.bench.root / RECORD).rename(watch.bench.directory / "elsewhere")
+
+    watch.until_state("gone")
+
+
+def test_a_missing_style_that_comes_late_is_noticed(watch: Watch) -> None:
+    watch.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    watch.until_state("receiving")
+
+    watch.bench.write(f"{RECORD}/thumb/cat.jpg", JPEG)
+
+    watch.until_state("queued")
+
+
+def test_a_marker_is_noticed(tmp_path: Path) -> None:
+    with Bench(tmp_path, clock=RealClock(), marker=".done") as bench:
+        watch = Watch(bench)
+        watch.swept()
+        save(bench)
+        watch.until_state("receiving")
+
+        bench.write(f"{RECORD}/.done", b"")
+
+        watch.until_state("queued")
+        watch.watcher.close()
+
+
+def test_a_root_that_is_a_link_is_watched_where_it_points_to(tmp_path: Path) -> None:
+    """A symlinked root reports nothing for its direct children (FACTS 14)."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "spool").symlink_to("shared")
+    with Bench(tmp_path, clock=RealClock()) as bench:
+        watch = Watch(bench)
+        watch.swept()
+
+        save(bench)
+
+        watch.until_state("queued")
+        watch.watcher.close()
+
+
+@pytest.mark.parametrize("name", [b"\xff.jpg", b"\n", b"x" * 255])
+def test_rule_12_a_name_that_is_none_does_not_stop_the_hints(watch: Watch, name: bytes) -> None:
+    """A handler that raises kills watchdog's thread."""
+    watch.bench.write(f"avatars/1/original/{os.fsdecode(name)}")
+    watch.bench.write(os.fsdecode(b"avatars/" + name))
+    os.mkfifo(watch.bench.root / "avatars/1/original/fifo")
+    (watch.bench.root / "avatars/1/original/link").symlink_to("/etc")
+
+    save(watch.bench)
+
+    watch.until_state("queued")
+
+
+# Sweeps
+
+
+@pytest.fixture
+def blind(moved: Bench) -> Iterator[Watch]:
+    """A watcher that is told nothing: sweeps only."""
+    watch = Watch(moved, observes=False)
+    yield watch
+    watch.watcher.close()
+
+
+def test_the_first_sweep_finds_what_was_there_before(blind: Watch) -> None:
+    save(blind.bench)
+
+    blind.until_state("queued")
+
+
+def test_a_sweep_comes_as_often_as_the_configuration_says(moved: Bench) -> None:
+    watch = Watch(moved, observes=False, sweep_every_s=300.0)
+    watch.turn(5)
+    save(moved)
+    watch.turn(5)
+    before = moved.state()
+
+    with captured() as lines:
+        moved.clock.advance(299)
+        watch.turn(5)
+        still = moved.state()
+        moved.clock.advance(1)
+        watch.turn(5)
+
+    assert (None, None, "receiving") == (before, still, moved.state())
+    assert [(NAME, 1)] == [(line["spool"], line["records"]) for line in told(lines, "sweep.finished")]
+    watch.watcher.close()
+
+
+def test_it_is_ready_once_events_are_received_and_the_first_sweep_has_begun(blind: Watch) -> None:
+    for number in range(201):
+        blind.bench.write(f"avatars/{number}/original/cat.jpg")
+    before = blind.ready
+
+    with captured() as lines:
+        blind.turn()
+
+    assert (0, 1) == (before, blind.ready)
+    assert [] == told(lines, "sweep.finished")
+    blind.turn(2)
+    assert 1 == blind.ready
+
+
+def test_looks_are_taken_while_the_sweep_goes_on(blind: Watch) -> None:
+    """Start-up that reads the whole backlog first is what others suffer from (FACTS 37)."""
+    for number in range(201):
+        blind.bench.write(f"avatars/{number}/original/cat.jpg")
+
+    with captured() as lines:
+        blind.turn()
+
+    assert [] == told(lines, "sweep.finished")
+    assert 100 == blind.bench.ledger.counts()[NAME]["receiving"]
+
+
+def test_what_a_sweep_did_not_meet_and_the_ledger_waits_for_is_gone(blind: Watch) -> None:
+    blind.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    blind.until_state("receiving")
+    (blind.bench.root / RECORD / "original/cat.jpg").unlink()
+    blind.turn(3)
+    before = blind.bench.state()
+
+    blind.watcher.sweep("test")
+    blind.turn(3)
+
+    assert ("receiving", "gone") == (before, blind.bench.state())
+
+
+def test_what_a_person_wants_as_it_lies_is_looked_at_within_a_second(blind: Watch) -> None:
+    blind.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    blind.until_state("receiving")
+    blind.until(lambda: blind.watcher.is_idle, "it is quiet")
+    blind.bench.ledger.retry([RECORD], as_is=True)
+
+    blind.bench.clock.advance(1.0)
+    blind.turn()
+
+    assert "queued" == blind.bench.state()
+
+
+def test_a_record_that_settles_is_looked_at_when_it_has_settled(blind: Watch) -> None:
+    save(blind.bench)
+    blind.turn(3)
+    blind.bench.clock.advance(0.9)
+    blind.turn()
+    before = blind.bench.state()
+
+    blind.bench.clock.advance(0.1)
+    blind.turn()
+
+    assert ("receiving", "queued") == (before, blind.bench.state())
+
+
+def test_a_record_may_be_touched_by_any_thread(blind: Watch) -> None:
+    blind.turn(3)
+    save(blind.bench)
+
+    thread = threading.Thread(target=blind.watcher.touch, args=(RECORD,))
+    thread.start()
+    thread.join()
+    was_idle = blind.watcher.is_idle
+    blind.turn()
+
+    assert (False, "receiving") == (was_idle, blind.bench.state())
+
+
+def test_it_is_idle_when_nothing_is_swept_and_nothing_waits_for_quiet(blind: Watch) -> None:
+    save(blind.bench)
+    moments = [blind.watcher.is_idle]
+    blind.turn(3)
+    moments.append(blind.watcher.is_idle)
+    blind.bench.clock.advance(1)
+    blind.turn()
+    moments.append(blind.watcher.is_idle)
+    blind.bench.write("avatars/43/original/cat.jpg", JPEG)  # its thumb is missing: that may take for ever
+    blind.watcher.touch("avatars/43")
+    moments.append(blind.watcher.is_idle)
+    blind.turn()
+    blind.bench.clock.advance(1)
+    blind.turn()
+    moments.append(blind.watcher.is_idle)
+
+    assert [False, False, True, False, True] == moments
+    assert "receiving" == blind.bench.state("avatars/43")
+
+
+# The watcher is watched
+
+
+def test_an_overflow_makes_it_sweep(blind: Watch) -> None:
+    """The handler gets nothing, only a warning stands in watchdog's log (FACTS 11)."""
+    blind.turn(3)
+    save(blind.bench)
+
+    logging.getLogger("watchdog.observers.inotify_c").warning("Inotify queue overflowed; filesystem events were lost")
+    with captured() as lines:
+        blind.bench.clock.advance(1.0)
+        blind.turn(3)
+
+    assert ["warning"] == [line["log_level"] for line in told(lines, "watch.overflowed")]
+    assert "receiving" == blind.bench.state()
+
+
+def test_other_warnings_of_watchdog_are_no_overflow(blind: Watch) -> None:
+    blind.turn(3)
+
+    logging.getLogger("watchdog.observers.inotify_c").warning("something else")
+    with captured() as lines:
+        blind.bench.clock.advance(1.0)
+        blind.turn(3)
+
+    assert [] == lines
+
+
+def test_the_overflow_is_still_what_watchdog_says() -> None:
+    """Its words are nobody's promise: a newer version may choose others."""
+    from watchdog.observers import inotify_c
+
+    source = Path(inotify_c.__file__).read_text()
+
+    assert "overflow" in source.split("logger.warning(", 1)[1].split(")")[0]
+    assert "watchdog.observers.inotify_c" == inotify_c.logger.name
+
+
+def test_a_canary_that_is_heard_is_no_reason_to_worry(moved_watch: Watch) -> None:
+    with captured() as lines:
+        for _ in range(3):
+            moved_watch.bench.clock.advance(31)
+            moved_watch.turn()
+            moved_watch.until(lambda: moved_watch.watcher._is_canary_heard, "the canary was heard")
+            moved_watch.bench.clock.advance(11)
+            moved_watch.turn()
+
+    assert [] == lines
+
+
+def test_a_canary_that_falls_silent_makes_it_watch_anew_and_sweep(moved_watch: Watch) -> None:
+    """Its threads live, and nothing comes: nobody but the canary can tell (FACTS 13)."""
+    observer = moved_watch.watcher._observer
+    assert observer is not None
+    observer.unschedule_all()
+    save(moved_watch.bench)
+
+    with captured() as lines:
+        moved_watch.bench.clock.advance(31)
+        moved_watch.turn()
+        moved_watch.bench.clock.advance(11)
+        moved_watch.turn(3)
+
+    assert ["the canary's event did not come back"] == [line["detail"] for line in told(lines, "watch.restarted")]
+    assert observer is not moved_watch.watcher._observer
+    assert "receiving" == moved_watch.bench.state()
+
+
+def test_threads_that_are_dead_make_it_watch_anew_and_sweep(watch: Watch) -> None:
+    observer = watch.watcher._observer
+    assert observer is not None
+    observer.stop()
+    observer.join()
+    save(watch.bench, "avatars/1")
+
+    with captured() as lines:
+        watch.until_state("queued", record="avatars/1")
+    save(watch.bench, "avatars/2")
+    watch.until_state("queued", record="avatars/2")
+
+    assert ["watchdog's threads are dead"] == [line["detail"] for line in told(lines, "watch.restarted")]
+
+
+def test_a_house_that_somebody_tidied_away_is_made_again(watch: Watch) -> None:
+    for path in sorted((watch.bench.root / HOUSE).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (watch.bench.root / HOUSE).rmdir()
+
+    watch.until(lambda: (watch.bench.root / HOUSE / "owner").exists(), "the house is there again")
+    save(watch.bench)
+
+    watch.until_state("queued")
+
+
+def no_inotify() -> tuple[Callable[[], None], ...]:
+    """A world in which this user has as many inotify instances as the kernel allows."""
+    return without("inotify_init1", errno.EMFILE), without("inotify_init", errno.EMFILE)
+
+
+def test_without_inotify_sweeps_find_what_is_new_and_do_not_pile_up(moved: Bench) -> None:
+    """fs.inotify.max_user_instances is 128 on many machines, and desktops eat them."""
+
+    def work() -> list[dict[str, Any]]:
+        watch = Watch(moved, sweep_every_s=300.0)
+        with captured() as lines:
+            for _ in range(3):
+                watch.turn()
+            save(moved)
+            for _ in range(120):
+                moved.clock.advance(1.0)
+                watch.turn()
+        watch.watcher.close()
+        return lines
+
+    lines = in_a_world(work, *no_inotify())
+
+    unavailable = told(lines, "watch.unavailable")
+    assert 1 <= len(unavailable) <= 6, "it is tried again now and then, not all the time"
+    assert "max_user_instances" in unavailable[0]["hint"]
+    assert len(told(lines, "sweep.finished")) <= 6
+    assert "queued" == moved.state()
+
+
+def test_sweeps_that_are_asked_for_again_and_again_do_not_pile_up(blind: Watch) -> None:
+    for number in range(201):
+        blind.bench.write(f"avatars/{number}/original/cat.jpg")
+    blind.turn()
+
+    with captured() as lines:
+        for _ in range(50):
+            blind.watcher.sweep("overflow")
+        blind.until(lambda: blind.watcher.is_idle, "all is swept")
+
+    assert 2 == len(told(lines, "sweep.finished")), "the one under way, and one that sees all that it may have missed"
+
+
+# The root
+
+
+def test_a_root_that_vanishes_is_told_and_its_return_too(watch: Watch) -> None:
+    """Paperclip itself removes it, after the last file (FACTS 6)."""
+    elsewhere = watch.bench.directory / "elsewhere"
+    watch.bench.root.rename(elsewhere)
+    watch.until(lambda: watch.broken, "its loss was told")
+    watch.turn(5)
+    told_once = len(watch.broken)
+
+    save(watch.bench, directory=elsewhere)
+    elsewhere.rename(watch.bench.root)
+    watch.until_state("queued")
+
+    assert (1, 1) == (told_once, watch.mended)
+    assert isinstance(watch.broken[0], SpoolBroken)
+    assert "mkdir -p" in watch.broken[0].hint
+
+
+def test_a_root_that_is_made_anew_is_watched(watch: Watch) -> None:
+    (watch.bench.root).rename(watch.bench.directory / "elsewhere")
+    watch.until(lambda: watch.broken, "its loss was told")
+
+    watch.bench.root.mkdir()
+    watch.until(lambda: watch.mended, "its return was told")
+    save(watch.bench)
+    watch.until_state("queued")
+
+    assert (watch.bench.root / HOUSE / "owner").exists()
+
+
+def test_a_root_that_is_replaced_at_once_is_watched_anew(watch: Watch) -> None:
+    """By a deployment, say: it was never seen to be gone, and no event tells (FACTS 13)."""
+    fresh = watch.bench.directory / "fresh"
+    fresh.mkdir()
+    save(watch.bench, directory=fresh)
+
+    with captured() as lines:
+        watch.bench.root.rename(watch.bench.directory / "old")
+        fresh.rename(watch.bench.root)
+        watch.until_state("queued")
+    save(watch.bench, "avatars/43")
+    watch.until_state("queued", record="avatars/43")
+
+    assert [] == watch.broken
+    assert ["the root is back or was replaced"] == [line["detail"] for line in told(lines, "watch.restarted")]
+
+
+def test_a_root_that_is_mounted_over_is_watched_anew(bench: Bench) -> None:
+    def work() -> None:
+        watch = Watch(bench)
+        watch.swept()
+        mount_tmpfs(bench.root)
+
+        save(bench)
+
+        watch.until_state("queued")
+        watch.watcher.close()
+
+    in_a_world(work, with_own_mounts)
+
+
+def test_records_are_not_taken_for_gone_because_the_root_is(watch: Watch) -> None:
+    watch.bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+    watch.until_state("receiving")
+
+    watch.bench.root.rename(watch.bench.directory / "elsewhere")
+    watch.until(lambda: watch.broken, "its loss was told")
+    watch.turn(10)
+
+    assert "receiving" == watch.bench.state()
+
+
+# Faults
+
+
+def test_a_ledger_that_does_not_answer_is_waited_for_and_nothing_is_forgotten(blind: Watch) -> None:
+    save(blind.bench)
+    elsewhere = blind.bench.directory / "elsewhere.db"
+    blind.turn()
+    blind.bench.clock.advance(1.5)
+    blind.bench.ledger_file.rename(elsewhere)
+
+    with captured() as lines:
+        waits = [blind.watcher.step() for _ in range(3)]
+    elsewhere.rename(blind.bench.ledger_file)
+    blind.until_state("queued")
+
+    assert 0.5 in waits
+    assert 1 <= len(told(lines, "ledger.unavailable"))
+
+
+def test_a_root_and_a_ledger_that_are_gone_together_do_not_end_the_watcher(moved: Bench) -> None:
+    """Both lay on the disk that died. The hold is written down when the ledger answers again."""
+    answers = False
+    held: list[SpooldError] = []
+
+    def hold(fault: SpooldError) -> None:
+        if not answers:
+            raise LedgerUnavailable("use ledger: disk I/O error")
+        held.append(fault)
+
+    watch = Watch(moved, observes=False, on_broken=hold)
+    watch.turn(3)
+    moved.root.rename(moved.directory / "elsewhere")
+    for _ in range(5):
+        moved.clock.advance(1.0)
+        watch.turn()
+
+    answers = True
+    moved.clock.advance(1.0)
+    watch.turn()
+
+    assert [SpoolBroken] == [type(fault) for fault in held]
+    watch.watcher.close()
+
+
+class Failing(Looker):
+    """A looker for which one record is beyond it."""
+
+    def look(self, record: str) -> Any:
+        if record.endswith("/1"):
+            raise StoreUnavailable("look: something that nobody thought of")
+        return super().look(record)
+
+
+def test_a_record_that_cannot_be_looked_at_does_not_hold_up_the_others(moved: Bench) -> None:
+    looker = moved.looker(styles=STYLES)
+    looker.__class__ = Failing
+    watch = Watch(moved, observes=False, looker=looker)
+    for number in range(3):
+        save(moved, f"avatars/{number}")
+
+    with captured() as lines:
+        watch.until(lambda: moved.ledger.counts().get(NAME) == {"queued": 2}, "the others are queued")
+
+    assert "avatars/1" == told(lines, "look.failed")[0]["record"]
+    watch.watcher.close()
+
+
+# Ending
+
+
+def test_it_runs_until_it_is_asked_to_stop_and_leaves_no_thread(bench: Bench) -> None:
+    before = set(threading.enumerate())
+    handlers = list(logging.getLogger("watchdog.observers.inotify_c").handlers)
+    watch = Watch(bench)
+    stop = threading.Event()
+    running = threading.Thread(target=watch.watcher.run, args=(stop,))
+    running.start()
+    save(bench)
+    until(lambda: bench.state() == "queued", "the record is queued")
+    began = time.monotonic()
+
+    stop.set()
+    running.join(10)
+
+    assert not running.is_alive()
+    assert time.monotonic() - began < 5
+    until(lambda: set(threading.enumerate()) <= before, "watchdog's threads have ended")
+    assert handlers == logging.getLogger("watchdog.observers.inotify_c").handlers
