@@ -92,6 +92,7 @@ class Cleaner:
         self._ages = ages
         self._clock = clock
         self._demand_claim = demand_claim
+        self._has_told_no_leases = False
         self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
 
     def clear(self, claim: Claim) -> Due | None:
@@ -191,8 +192,11 @@ class Cleaner:
                 foreign.append(file)  # it moved on at this moment
             elif writers is Writers.SOME:
                 waits.append(Due(_OPEN_AGAIN_S, "open"))
-            elif writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
-                ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
+            else:
+                if writers is Writers.UNKNOWN:  # our own files may have told otherwise: the app's are somebody else's
+                    self.tell_no_leases()
+                if writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
+                    ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
         if foreign:
             self._ledger.let_go(claim, foreign, deleted=False)
         if not ready:
@@ -214,6 +218,19 @@ class Cleaner:
                 self._ledger.not_aside(file)
                 waits.append(Due(_LOOK_AGAIN_S, "min_age"))
         return waits
+
+    def tell_no_leases(self) -> None:
+        """Say once that the kernel cannot tell who writes, and what follows (contract, `without_leases`)."""
+        if self._has_told_no_leases:
+            return
+        self._has_told_no_leases = True
+        follows = "files are let go without asking" if self._rules.trusts else "local files stay after their upload"
+        log.warning(
+            "leases.unavailable", spool=self._spool.name,
+            detail=f"the kernel cannot tell who has a file of this spool open for writing; {follows}",
+            hint="run the daemon as the files' owner or with CAP_LEASE, on ext4, xfs, btrfs or tmpfs"
+            + ("" if self._rules.trusts else "; or set cleanup.without_leases: trust"),
+        )  # fmt: skip
 
     def _is_open(self, file: BatchFile) -> Writers | None:
         """Say who has a file open for writing; None if it is not there any more."""

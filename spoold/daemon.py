@@ -150,14 +150,7 @@ class Daemon:
         here = self._spools[spool.name]
         here.move_in(self._ledger.id)
         if spool.cleanup.delete and not here.can_tell_writers():
-            keeps = spool.cleanup.without_leases == "keep"
-            log.warning(
-                "leases.unavailable", spool=spool.name,
-                detail="the kernel cannot tell who has a file of this spool open for writing; "
-                + ("local files stay after their upload" if keeps else "files are let go without asking"),
-                hint="run the daemon as the files' owner or with CAP_LEASE, on ext4, xfs, btrfs or tmpfs"
-                + ("; or set cleanup.without_leases: trust" if keeps else ""),
-            )  # fmt: skip
+            self._cleaners[spool.name].tell_no_leases()
         self._cleaners[spool.name].recover(self._owner.name, lease_s=LEASE_S)
 
     def _shorten_waits(self, spool: config.Spool) -> None:
