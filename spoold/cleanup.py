@@ -11,23 +11,19 @@ import contextlib
 import dataclasses
 import errno
 import os
-import re
 import stat
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from urllib.parse import quote, unquote
 
 import structlog
 
+from spoold.aside import AsideDirectory, aside_name, parse_aside_name
 from spoold.clock import Ages, Clock
-from spoold.digest import Digester
 from spoold.errors import Changed, ClaimLost, Halt, Refused, SpooldError, Stale, StoreUnavailable, Unproven, Vanished
 from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
-from spoold.renames import rename_noreplace
-from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing, open_regular
+from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing
 from spoold.store import Store
 
 log = structlog.get_logger()
@@ -92,6 +88,7 @@ class Cleaner:
         self._ages = ages
         self._clock = clock
         self._demand_claim = demand_claim
+        self._aside = AsideDirectory(spool)
         self._has_told_no_leases = False
         self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
 
@@ -205,14 +202,15 @@ class Cleaner:
         self._ledger.set_aside(claim, ready)
         for number, file in enumerate(ready):
             try:
-                is_aside = self._rename_aside(file)
+                is_aside = self._aside.take(file)
             except OSError:
                 for each in ready[number:]:
                     self._ledger.not_aside(each)
                 raise
             if is_aside:
+                self._aside_since[str(file.aside_name)] = self._clock.monotonic()
                 waits.append(Due(self._rules.grace_s, "grace"))
-                if (reason := self._differs(file)) and not self._give_back_ours(claim, file, reason):
+                if (reason := self._aside.differs(file)) and not self._give_back_ours(claim, file, reason):
                     waits.pop()
             else:
                 self._ledger.not_aside(file)
@@ -241,18 +239,6 @@ class Cleaner:
         except (Vanished, Changed):
             return None
 
-    def _rename_aside(self, file: BatchFile) -> bool:
-        """Rename a file to its name in aside/; say whether it was there."""
-        assert file.aside_name is not None, "it has a name there"
-        parent, leaf = os.path.split(file.file.path)
-        try:
-            with self._spool.directory(parent) as directory, self._aside() as aside:
-                rename_noreplace(leaf, file.aside_name, dir_fd=directory, to_dir_fd=aside)
-        except (Vanished, FileNotFoundError):
-            return False
-        self._aside_since[file.aside_name] = self._clock.monotonic()
-        return True
-
     def _look_last(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
         """Where the grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
         waits, gone = [], []
@@ -264,11 +250,11 @@ class Cleaner:
                 waits.append(Due(left_s, "grace"))
                 continue
             try:
-                if reason := self._differs(file):
+                if reason := self._aside.differs(file):
                     waits += filter(None, [self._give_back_ours(claim, file, reason)])
                     continue
                 self._demand_claim()
-                with self._aside() as aside:
+                with self._aside.directory() as aside:
                     os.unlink(file.aside_name, dir_fd=aside)
             except (Vanished, FileNotFoundError):
                 if self._spool.identity_of(file.file.path) == file.file.identity:
@@ -281,27 +267,6 @@ class Cleaner:
         if gone:
             self._ledger.let_go(claim, gone, deleted=True)
         return waits
-
-    def _differs(self, file: BatchFile) -> str | None:
-        """Say why what lies aside is not, for good, what was stored; None if it is. Raises Vanished.
-
-        Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
-        """
-        assert file.aside_name is not None, "it lies aside"
-        with self._aside() as aside:
-            fd = open_regular(aside, file.aside_name, file.file.path)
-        try:
-            before = os.fstat(fd)
-            if is_open_for_writing(fd):
-                return "somebody opened it for writing"
-            if _sha256(fd) != file.digest:
-                return "it is not what was stored"
-            after = os.fstat(fd)
-            if Identity.of(before) != Identity.of(after) or is_open_for_writing(fd):
-                return "somebody opened it for writing"
-            return None
-        finally:
-            os.close(fd)
 
     def _give_back_ours(self, claim: Claim, file: BatchFile, reason: str) -> Due | None:
         """Give back a file of a batch that is being cleared; if its bytes are still those stored, it is tried again later."""
@@ -319,57 +284,15 @@ class Cleaner:
         self._aside_since.pop(name, None)
         identity = None
         if self._ledger.has_newer(batch, file):
-            self._keep(name)
+            self._aside.keep(name)
             reason = f"{reason}; a newer version of it was accepted since, so it lies in {HOUSE}/{KEPT}/{name}"
-        elif self._back_to(path, name):
-            with contextlib.suppress(SpooldError), self._spool.directory(os.path.dirname(path)) as directory:
-                fd = open_regular(directory, os.path.basename(path), path)
-                try:
-                    before = Identity.of(os.fstat(fd))
-                    if _sha256(fd) == file.digest and Identity.of(os.fstat(fd)) == before:
-                        identity = before
-                finally:
-                    os.close(fd)
+        elif self._aside.put_back(path, name):
+            digest, now = self._aside.digest_of(path) or (None, None)
+            identity = now if digest == file.digest else None
         else:
             reason = f"{reason}; its name is taken by a newer file, so it lies in {HOUSE}/{KEPT}/{name}"
         self._ledger.given_back(batch, file, spool=self._spool.name, record=record, reason=reason, still_ours=identity)
         return identity is not None
-
-    def _back_to(self, path: str, name: str) -> bool:
-        """Rename from aside to `path`; if that name is taken the newer file won, and ours goes to `kept/`. Say which.
-
-        Directories on the way that were removed meanwhile are made again.
-        """
-        parent, leaf = os.path.split(path)
-        with self._aside() as aside:
-            for _ in range(10):
-                try:
-                    self._make_way(parent)
-                    with self._spool.directory(parent) as directory:
-                        rename_noreplace(name, leaf, dir_fd=aside, to_dir_fd=directory)
-                        return True
-                except FileExistsError:
-                    break
-                except (Vanished, FileNotFoundError):
-                    continue  # somebody removes directories at this moment
-        self._keep(name)
-        return False
-
-    def _keep(self, name: str) -> None:
-        with self._aside() as aside, self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
-            rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)
-
-    def _make_way(self, path: str) -> None:
-        """Make the directories of `path` that are missing."""
-        parts = path.split("/")
-        for depth, part in enumerate(parts):
-            with self._spool.directory("/".join(parts[:depth])) as fd, contextlib.suppress(FileExistsError):
-                os.mkdir(part, dir_fd=fd)
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[int]:
-        with self._spool.directory(f"{HOUSE}/{ASIDE}") as fd:
-            yield fd
 
     # Directories
 
@@ -424,8 +347,7 @@ class Cleaner:
 
         A file is judged by the batch in its name. Records that another daemon is at are left to it.
         """
-        with self._aside() as aside:
-            names = sorted(os.listdir(aside))
+        names = self._aside.names()
         for name in names:
             try:
                 self._recover(name, owner, lease_s)
@@ -461,7 +383,7 @@ class Cleaner:
     def _recover_one(self, known: Aside, name: str) -> None:
         file = dataclasses.replace(known.file, aside_name=name)
         try:
-            reason = self._differs(file) if known.was_stored else "its batch was never stored"
+            reason = self._aside.differs(file) if known.was_stored else "its batch was never stored"
         except Vanished:
             return
         if reason is None:
@@ -474,7 +396,7 @@ class Cleaner:
         if path is None:
             self._report_aside(name, "the ledger does not know it; it stays")
             return
-        back = self._back_to(path, name)
+        back = self._aside.put_back(path, name)
         log.warning("file.given_back", spool=self._spool.name, path=path if back else f"{HOUSE}/{KEPT}/{name}",
                     detail="the ledger does not know it")  # fmt: skip
 
@@ -549,28 +471,5 @@ class Remover:
             self._ledger.release_record(key.record_key, self._owner, fence)
 
 
-def aside_name(batch: int, file: BatchFile) -> str:
-    """Return a name never used before: batch, file, a nonce, and where the file lay, if that fits in 255 bytes."""
-    stem = f"{batch}.{file.id}.{uuid.uuid4().hex[:12]}"
-    full = f"{stem}.{quote(file.file.path, safe=' ')}"
-    return full if len(full) <= 255 else stem
-
-
-def parse_aside_name(name: str) -> tuple[int, int, str | None] | None:
-    """Return the batch, the file's number and its path (None if it did not fit) of a name in aside/; None if it is not ours."""
-    match = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,18})\.[^.]*(?:\.(.*))?", name, re.DOTALL)
-    if match is None:
-        return None
-    return int(match[1]), int(match[2]), unquote(match[3]) if match[3] else None
-
-
 def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _sha256(fd: int) -> str:
-    digester = Digester("none")
-    os.lseek(fd, 0, os.SEEK_SET)
-    while chunk := os.read(fd, _CHUNK_BYTES):
-        digester.update(chunk)
-    return digester.digests().sha256

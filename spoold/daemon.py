@@ -55,6 +55,7 @@ class Daemon:
         self._busy = 0
         self._crash: BaseException | None = None
         self._starting = {spool.name for spool in settings.spools}
+        self._recovered: set[str] = set()  # nothing of a spool is walked before what lies aside in it was seen to
         try:
             os.makedirs(settings.state_dir, mode=0o750, exist_ok=True)
             self._ledger = Ledger(settings.ledger_url, clock=self._clock)
@@ -152,6 +153,9 @@ class Daemon:
         if spool.cleanup.delete and not here.can_tell_writers():
             self._cleaners[spool.name].tell_no_leases()
         self._cleaners[spool.name].recover(self._owner.name, lease_s=LEASE_S)
+        with self._work:
+            self._recovered.add(spool.name)
+            self._work.notify_all()
 
     def _shorten_waits(self, spool: config.Spool) -> None:
         """Let settings that were lowered hold for what waits already."""
@@ -277,7 +281,9 @@ class Daemon:
 
     def _claim(self, uploads_first: bool) -> Claim | None:
         crashes = self._settings.upload.retry.crashes
-        return self._ledger.claim(self._owner.name, self._spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first)
+        with self._work:
+            spools = sorted(self._recovered)
+        return self._ledger.claim(self._owner.name, spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first)
 
     def _renew(self, done: threading.Event) -> None:
         """Keep our claims alive; without this they run out and others take over."""

@@ -142,9 +142,9 @@ class Explainer:
         if mine:
             return self._why_new(path, snapshot, known)
         has_batch = row["state"] not in ("receiving", "stalled", "gone")  # else nobody wrote down what lay there
-        if not is_there and path != record and has_batch:
-            if not self._ledger.knows_path(path, record_path=record, spool=self.spool.name):
-                return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
+        asks = not is_there and path != record and has_batch
+        if asks and not self._ledger.knows_path(path, record_path=record, spool=self.spool.name):
+            return f"{path} is not in spool {self.spool.name}, and its ledger has never heard of it."
         return self._why_known(path, record, row, current, is_there=is_there)
 
     def _why_new(self, path: str, snapshot: Snapshot, known: Known) -> str:

@@ -256,7 +256,7 @@ class Bench:
         )
         self.touched: list[str] = []
         self.has_claims = True
-        self.interruptions: list[Callable[[], None]] = []
+        self.interruptions: list[Callable[[], object]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -444,7 +444,7 @@ def batch_of(*files: BatchFile, state: State = State.PENDING) -> Batch:
     return Batch(1, NAME, 1, RECORD, "avatars", "42", state, 1, 0, files)
 
 
-def told(events: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+def told(events: Iterable[Mapping[str, Any]], event: str) -> list[Mapping[str, Any]]:
     """Return the log lines of one event."""
     return [line for line in events if line["event"] == event]
 

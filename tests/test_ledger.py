@@ -111,13 +111,16 @@ def test_a_record_goes_all_the_way(bench: Bench) -> None:
         states.append((status["state"], status["processing"]))
 
     write(bench, CAT)
-    see(bench), note()
-    bench.offer(), note()
+    see(bench)
+    note()
+    bench.offer()
+    note()
     claim = bench.claimed()
     note()
     claim = bench.stored(claim)
     note()
-    done(bench, claim), note()
+    done(bench, claim)
+    note()
 
     assert [("receiving", 1), ("queued", 1), ("uploading", 1), ("uploaded", 0), ("done", 0)] == states
     assert ["record.seen", "batch.settled", "batch.claimed", "batch.stored", "record.cleared"] == bench.events()
@@ -1536,7 +1539,8 @@ def test_a_batch_that_gave_way_is_walked_on_while_files_of_it_lie_aside(bench: B
     bench.stored(bench.claimed())
     bench.ledger.bereave("me")
     claims = {claim.batch.id: claim.batch for claim in (bench.claimed(), bench.claim("you")) if claim}
-    bench.ledger.bereave("me"), bench.ledger.bereave("you")
+    bench.ledger.bereave("me")
+    bench.ledger.bereave("you")
     again = {}
     for _ in range(2):
         if found := bench.claim():
@@ -1661,18 +1665,28 @@ def test_a_ledger_of_a_newer_spoold_is_refused_with_the_remedy(bench: Bench) -> 
     assert "use the spoold that wrote it, or a newer one" in caught.value.hint
 
 
-def test_a_ledger_of_an_older_spoold_is_migrated_by_the_daemon_only(tmp_path: Path) -> None:
-    """An empty database is older than every schema; with the first change of the schema this wants a real old one."""
-    file = tmp_path / "ledger.db"
-    sqlite3.connect(file).close()
-    file.touch()
+def test_a_ledger_of_an_older_spoold_is_not_for_commands_that_only_read(bench: Bench) -> None:
+    connection = sqlite3.connect(bench.ledger_file)
+    connection.execute("UPDATE alembic_version SET version_num = '0000'")
+    connection.commit()
+    connection.close()
 
     with pytest.raises(LedgerUnavailable) as caught:
+        Ledger(f"sqlite:///{bench.ledger_file}", clock=bench.clock, create=False)
+
+    assert "start the daemon of this version once: it migrates the ledger" == caught.value.hint
+
+
+def test_an_empty_database_is_migrated_by_the_daemon_only(tmp_path: Path) -> None:
+    """It is older than every schema; with the first change of the schema this wants a real old one."""
+    file = tmp_path / "ledger.db"
+    file.touch()
+
+    with pytest.raises(LedgerUnavailable):
         Ledger(f"sqlite:///{file}", clock=ManualClock(), create=False)
     with captured() as lines:
         ledger = Ledger(f"sqlite:///{file}", clock=ManualClock())
 
-    assert "start the daemon of this version once" in caught.value.hint
     assert [("ledger.migrated", schema.REVISION)] == [(line["event"], line["after"]) for line in lines]
     assert {} == ledger.counts()
     ledger.close()

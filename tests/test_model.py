@@ -26,7 +26,7 @@ def test_an_identity_changes_with_every_way_to_change_a_file(tmp_path: Path) -> 
         lambda: os.utime(path, (0, 0)),
         lambda: os.link(path, tmp_path / "link"),
         lambda: path.rename(tmp_path / "elsewhere") and (tmp_path / "elsewhere").rename(path),
-        lambda: path.unlink() or path.write_bytes(b"a cat"),
+        lambda: path.with_name("new").write_bytes(b"a cat") and path.with_name("new").rename(path),
     ):
         change()
         seen.append(Identity.of(path.stat()))

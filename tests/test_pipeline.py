@@ -79,7 +79,7 @@ def failing(fault: SpooldError) -> Callable[[], None]:
 
 def walk_on(bench: Bench, pipeline: Pipeline, *, at_most: int = 20) -> list[Outcome]:
     """Walk whatever is due, letting time pass, until nothing is."""
-    outcomes = []
+    outcomes: list[Outcome] = []
     for _ in range(at_most):
         claim = bench.claim()
         if claim is None:
@@ -587,7 +587,7 @@ def test_a_ledger_that_is_gone_is_told_and_the_claim_is_still_ours(bench: Bench,
     pipeline = bench.pipeline()
     claim = offered(bench)
     elsewhere = bench.directory / "elsewhere.db"
-    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere) and None]  # type: ignore[func-returns-value]
+    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere)]
 
     with pytest.raises(LedgerUnavailable):
         pipeline.walk(claim)
@@ -605,7 +605,7 @@ def test_rule_6_what_was_sent_and_could_not_be_written_down_is_in_doubt(bench: B
     pipeline = bench.pipeline()
     claim = offered(bench)
     elsewhere = bench.directory / "elsewhere.db"
-    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere) and None]  # type: ignore[func-returns-value]
+    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere)]
     with pytest.raises(LedgerUnavailable):
         pipeline.walk(claim)
     elsewhere.rename(bench.ledger_file)
@@ -622,7 +622,7 @@ def test_rule_6_what_was_sent_and_could_not_be_written_down_is_in_doubt(bench: B
 def test_whatever_happens_a_records_events_tell_one_story(bench: Bench, proxy: FaultProxy) -> None:
     """Settled, claimed, and then exactly one ending, again and again (contract, section 4)."""
     pipeline = bench.pipeline()
-    faults = [BUSY, DENIED, Reset(), None]
+    faults: list[Any] = [BUSY, DENIED, Reset(), None]
     claim = offered(bench)
     for fault in faults:
         proxy.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def test_names_may_be_as_odd_as_linux_allows(tmp_path: Path, world: World) -> No
     for name in map(os.fsdecode, (b"\xff\xfe", "Ünï\tcode\n'\"".encode(), b"-rf", b"." * 3, b"x" * 255)):
         write(tmp_path, f"from/{name}", b"a cat")
 
-        world(lambda name=name: rename(tmp_path, name, name))
+        world(functools.partial(rename, tmp_path, name, name))
 
         assert b"a cat" == (tmp_path / "to" / name).read_bytes()
 

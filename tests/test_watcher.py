@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,14 @@ def test_a_whole_tree_that_is_moved_in_is_noticed(watch: Watch) -> None:
     watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 20}}, "all are queued")
 
 
+def save_all(bench: Bench, count: int) -> None:
+    for number in range(count):
+        save(bench, f"avatars/{number}")
+
+
 def test_directories_and_files_that_come_in_a_rush_are_all_noticed(watch: Watch) -> None:
     """Those that are written before the kernel was asked to watch their directory make no event (FACTS 12)."""
-    writing = threading.Thread(target=lambda: [save(watch.bench, f"avatars/{number}") for number in range(150)])
+    writing = threading.Thread(target=save_all, args=(watch.bench, 150))
     writing.start()
 
     watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 150}}, "all are queued")
@@ -468,7 +473,7 @@ def no_inotify() -> tuple[Callable[[], None], ...]:
 def test_without_inotify_sweeps_find_what_is_new_and_do_not_pile_up(moved: Bench) -> None:
     """fs.inotify.max_user_instances is 128 on many machines, and desktops eat them."""
 
-    def work() -> list[dict[str, Any]]:
+    def work() -> list[MutableMapping[str, Any]]:
         watch = Watch(moved, sweep_every_s=300.0)
         with captured() as lines:
             for _ in range(3):

@@ -370,7 +370,7 @@ def test_rule_6_an_older_put_that_lands_after_a_newer_one_is_undone(site: Site, 
         until(lambda: stored(site) == {KEY: photo(1)}, "the first version's PUT lands late")
         kept = site.files()
         site.until_state("avatars/1", "done")
-        daemon.demand_legal_path("avatars/1")
+        daemon.demand_legal_paths("avatars/1")
 
     assert why.startswith(f"{KEY} is in s3://{site.bucket}/{KEY}")
     assert {KEY: photo(2)} == kept

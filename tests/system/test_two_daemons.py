@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 from tests.paperclip import App, picture
 from tests.proxy import Delay, DelayAnswer, FaultProxy, Hold
 from tests.servers import RcloneServer
-from tests.system.harness import Site, until
+from tests.system.harness import Daemon, Site, until
 
 KEY = "avatars/1/original/me.jpg"
 SHORT_LEASE = {"spoold.owner.LEASE_S": 2.0, "spoold.daemon.LEASE_S": 2.0}  # 30 s otherwise
@@ -31,6 +33,19 @@ def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
 @pytest.fixture
 def site(tmp_path: Path, rclone_server: RcloneServer, proxy: FaultProxy) -> Site:
     return Site(tmp_path, rclone_server, endpoint_url=proxy.endpoint_url, upload={"doubt": "1s"})
+
+
+def freeze(site: Site, daemon: Daemon) -> None:
+    """Freeze a daemon at a moment when it does not keep the ledger from everybody."""
+    while True:
+        daemon.freeze()
+        until(lambda: ") T " in Path(f"/proc/{daemon.process.pid}/stat").read_text(), "it is frozen")
+        try:
+            with contextlib.closing(sqlite3.connect(site.database, timeout=0.5)) as ledger:
+                ledger.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError:
+            daemon.thaw()
 
 
 def test_two_daemons_share_the_work_and_put_each_file_once(site: Site, proxy: FaultProxy) -> None:
@@ -68,7 +83,7 @@ def test_a_daemon_that_is_frozen_past_its_claim_does_no_harm_when_it_thaws(site:
     with site.daemon(name="frozen", constants=SHORT_LEASE) as frozen:
         app.save("avatars", 1, "me.jpg", {"original": photo(1)})
         proxy.await_seen("PUT", KEY)
-        frozen.freeze()
+        freeze(site, frozen)
         with site.daemon(name="other", constants=SHORT_LEASE) as other:
             app.replace("avatars", 1, "me.jpg", "me.jpg", {"original": photo(2)})
             other.until_event("batch.stored")
@@ -97,7 +112,7 @@ def test_a_daemon_that_was_frozen_past_its_claim_sends_nothing_more(site: Site, 
     with site.daemon(name="frozen", constants=SHORT_LEASE) as frozen:
         app.save("avatars", 1, "me.jpg", old)
         proxy.await_seen("PUT", KEY)
-        frozen.freeze()
+        freeze(site, frozen)
         with site.daemon(name="other", constants=SHORT_LEASE) as other:
             app.replace("avatars", 1, "me.jpg", "me.jpg", new)
             other.until_event("record.cleared")
@@ -129,7 +144,7 @@ def test_a_delete_of_a_frozen_daemon_that_lands_after_the_other_put_the_key_agai
         site.until_state("avatars/1", "done")
         app.replace("avatars", 1, "me.jpg", "other.jpg", {"original": photo(2)})
         proxy.await_seen("DELETE", KEY)
-        frozen.freeze()
+        freeze(site, frozen)
         with site.daemon(name="other", constants=SHORT_LEASE) as other:
             app.replace("avatars", 1, "other.jpg", "me.jpg", {"original": photo(3)})
             other.until_event("batch.stored", batch=3)
@@ -148,7 +163,7 @@ def test_a_daemon_that_is_frozen_while_it_clears_leaves_it_to_the_other(site: Si
     with site.daemon(name="frozen", constants=SHORT_LEASE) as frozen:
         App(site.root).save("avatars", 1, "me.jpg", {"original": photo(1)})
         until(site.aside, "it lies aside")
-        frozen.freeze()
+        freeze(site, frozen)
         with site.daemon(name="other", constants=SHORT_LEASE) as other:
             site.until_state("avatars/1", "done")
             frozen.thaw()

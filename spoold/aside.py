@@ -1,0 +1,139 @@
+"""`.spoold/aside/`: where a file waits, out of the app's way, between being uploaded and being let go.
+
+How it gets there and back without overwriting anything, and whether it is still what was stored. When that is done, and what
+goes for good, is cleanup's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from urllib.parse import quote, unquote
+
+from spoold.digest import Digester
+from spoold.errors import SpooldError, Vanished
+from spoold.model import HOUSE, BatchFile, Identity
+from spoold.renames import rename_noreplace
+from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
+
+_CHUNK_BYTES = 1 << 20
+
+
+class AsideDirectory:
+    """The one of a spool. A file's `aside_name` says where it lies in here."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    @contextlib.contextmanager
+    def directory(self) -> Iterator[int]:
+        """Yield a descriptor of it."""
+        with self._spool.directory(f"{HOUSE}/{ASIDE}") as fd:
+            yield fd
+
+    def names(self) -> list[str]:
+        """Return what lies in it, in order."""
+        with self.directory() as fd:
+            return sorted(os.listdir(fd))
+
+    def take(self, file: BatchFile) -> bool:
+        """Rename a file to its name in aside/; say whether it was there."""
+        assert file.aside_name is not None, "it has a name there"
+        parent, leaf = os.path.split(file.file.path)
+        try:
+            with self._spool.directory(parent) as directory, self.directory() as aside:
+                rename_noreplace(leaf, file.aside_name, dir_fd=directory, to_dir_fd=aside)
+        except (Vanished, FileNotFoundError):
+            return False
+        return True
+
+    def differs(self, file: BatchFile) -> str | None:
+        """Say why what lies aside is not, for good, what was stored; None if it is. Raises Vanished.
+
+        Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
+        """
+        assert file.aside_name is not None, "it lies aside"
+        with self.directory() as aside:
+            fd = open_regular(aside, file.aside_name, file.file.path)
+        try:
+            before = os.fstat(fd)
+            if is_open_for_writing(fd):
+                return "somebody opened it for writing"
+            if _sha256(fd) != file.digest:
+                return "it is not what was stored"
+            after = os.fstat(fd)
+            if Identity.of(before) != Identity.of(after) or is_open_for_writing(fd):
+                return "somebody opened it for writing"
+            return None
+        finally:
+            os.close(fd)
+
+    def put_back(self, path: str, name: str) -> bool:
+        """Rename from aside to `path`; if that name is taken the newer file won, and ours goes to `kept/`. Say which.
+
+        Directories on the way that were removed meanwhile are made again.
+        """
+        parent, leaf = os.path.split(path)
+        with self.directory() as aside:
+            for _ in range(10):
+                try:
+                    self._make_way(parent)
+                    with self._spool.directory(parent) as directory:
+                        rename_noreplace(name, leaf, dir_fd=aside, to_dir_fd=directory)
+                        return True
+                except FileExistsError:
+                    break
+                except (Vanished, FileNotFoundError):
+                    continue  # somebody removes directories at this moment
+        self.keep(name)
+        return False
+
+    def keep(self, name: str) -> None:
+        with self.directory() as aside, self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
+            rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)
+
+    def _make_way(self, path: str) -> None:
+        """Make the directories of `path` that are missing."""
+        parts = path.split("/")
+        for depth, part in enumerate(parts):
+            with self._spool.directory("/".join(parts[:depth])) as fd, contextlib.suppress(FileExistsError):
+                os.mkdir(part, dir_fd=fd)
+
+    def digest_of(self, path: str) -> tuple[str, Identity] | None:
+        """Return SHA-256, hex, and identity of the file at `path` below the spool's root; None if it does not hold still."""
+        with contextlib.suppress(SpooldError), self._spool.directory(os.path.dirname(path)) as directory:
+            fd = open_regular(directory, os.path.basename(path), path)
+            try:
+                before = Identity.of(os.fstat(fd))
+                digest = _sha256(fd)
+                if Identity.of(os.fstat(fd)) == before:
+                    return digest, before
+            finally:
+                os.close(fd)
+        return None
+
+
+def aside_name(batch: int, file: BatchFile) -> str:
+    """Return a name never used before: batch, file, a nonce, and where the file lay, if that fits in 255 bytes."""
+    stem = f"{batch}.{file.id}.{uuid.uuid4().hex[:12]}"
+    full = f"{stem}.{quote(file.file.path, safe=' ')}"
+    return full if len(full) <= 255 else stem
+
+
+def parse_aside_name(name: str) -> tuple[int, int, str | None] | None:
+    """Return the batch, the file's number and its path (None if it did not fit) of a name in aside/; None if it is not ours."""
+    match = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,18})\.[^.]*(?:\.(.*))?", name, re.DOTALL)
+    if match is None:
+        return None
+    return int(match[1]), int(match[2]), unquote(match[3]) if match[3] else None
+
+
+def _sha256(fd: int) -> str:
+    digester = Digester("none")
+    os.lseek(fd, 0, os.SEEK_SET)
+    while chunk := os.read(fd, _CHUNK_BYTES):
+        digester.update(chunk)
+    return digester.digests().sha256
