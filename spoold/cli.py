@@ -481,7 +481,7 @@ def _table(overview: dict[str, Any]) -> Group:
             kept = f"{spool['spool']} keeps what came back to a taken name: spoold why .spoold/kept/{shlex.quote(name)}"
             notes.append(Text(kept, style="yellow"))
     if overview["daemons"] == 0:
-        notes.append(Text("no daemon is running: spoold run", style="yellow"))
+        notes.append(Text("no daemon is running with this configuration: spoold run", style="yellow"))
     if not overview["troubled"]:
         return Group(table, *notes)
     troubled = Table(box=None, show_header=False, pad_edge=False)

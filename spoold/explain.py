@@ -270,7 +270,11 @@ class Explainer:
     # wait
 
     def standing(self, record: str) -> str:
-        """Return "proven", "dead", "gone", or what is still missing: every file on disk is compared with the ledger first."""
+        """Return "proven", "dead", "gone", or what is still missing: every file on disk is compared with the ledger first.
+
+        record: or the path of one of its files.
+        """
+        record = self.spool.layout.record_of(record) or record
         snapshot = self.spool.look(record)
         if self._ledger is None:
             return "no daemon has run with this configuration yet"

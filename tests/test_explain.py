@@ -527,6 +527,12 @@ def standing(bench: Bench, record: str = RECORD) -> str:
     return explainer(bench, complete=STYLES).standing(record)
 
 
+def test_a_file_stands_as_its_record_does(bench: Bench) -> None:
+    bench.batch_stored({"original/me.jpg": b"a cat"})
+
+    assert "proven" == standing(bench, f"{RECORD}/original/me.jpg")
+
+
 def test_a_record_stands_where_its_least_advanced_file_does(bench: Bench) -> None:
     stands = [standing(bench)]
     write(bench, {"original/cat.jpg": CAT["original/cat.jpg"]})

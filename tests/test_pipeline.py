@@ -31,7 +31,7 @@ from tests.parts import (
     without_root_powers,
 )
 from tests.proxy import Answer as Reply
-from tests.proxy import Delay, FaultProxy, LoseAnswer, Reset, error_body
+from tests.proxy import Delay, FaultProxy, LoseAnswer, Request, Reset, error_body
 from tests.servers import RcloneServer
 
 CAT = {"original/cat.jpg": b"a cat", "thumb/cat.jpg": b"cat"}
@@ -640,3 +640,157 @@ def test_whatever_happens_a_records_events_tell_one_story(bench: Bench, proxy: F
     pairs = list(itertools.pairwise(events[1:-1]))
     assert all((before == "batch.claimed") == (after in endings) for before, after in pairs), events
     assert ["batch.stored", "record.cleared"] == events[-2:]
+
+
+# As time passes
+
+
+def test_each_step_comes_when_its_time_has_come_and_not_before(bench: Bench) -> None:
+    cleaner = bench.cleaner(keep_for_s=60.0, min_age_s=5.0, grace_s=10.0, keep_empty_dirs_for_s=30.0)
+    pipeline = bench.pipeline(cleaner=cleaner)
+    way: list[tuple[str, Outcome, str, int, int]] = []
+
+    for waits_s in (60.0, 5.0, 10.0, 30.0, 30.0, 0.0):
+        claim = bench.claimed() if way else offered(bench)
+        outcome = pipeline.walk(claim)
+        batch = bench.rows("SELECT due_at, waiting_for FROM batch")[0]
+        way.append((claim.batch.state, outcome, batch["waiting_for"], len(bench.files()), len(bench.aside())))
+        assert bench.claim() is None
+        assert waits_s == 0.0 or waits_s - 1 < batch["due_at"] - bench.clock.now() <= waits_s
+        bench.clock.advance(waits_s)
+
+    assert [
+        ("pending", Outcome.WAITING, "keep_for", 2, 0),
+        ("stored", Outcome.WAITING, "min_age", 2, 0),
+        ("stored", Outcome.WAITING, "grace", 0, 2),
+        ("stored", Outcome.DONE, "dirs", 0, 0),
+        ("done", Outcome.DONE, "dirs", 0, 0),  # original/ and thumb/ have gone: the record's directory changed with that
+        ("done", Outcome.DONE, "", 0, 0),
+    ] == way
+    assert ["avatars/"] == bench.tree() and 1 == bench.events().count("record.cleared")
+
+
+def test_a_batch_whose_local_files_stay_is_done_at_once(bench: Bench) -> None:
+    outcome = bench.pipeline(cleaner=bench.cleaner(deletes=False)).walk(offered(bench))
+
+    assert (Outcome.DONE, "done", 2) == (outcome, bench.state(), len(bench.files()))
+    assert [{"due_at": None}] == bench.rows("SELECT due_at FROM batch")
+
+
+def test_what_failed_together_does_not_come_back_together(bench: Bench) -> None:
+    pipeline = bench.pipeline()
+
+    waits = [pipeline._back_off_s(4, None) for _ in range(200)]
+
+    assert all(0.8 * 8 <= wait <= 1.2 * 8 for wait in waits)
+    assert max(waits) - min(waits) > 1.0
+
+
+def test_what_is_uploaded_is_never_given_up(bench: Bench, proxy: FaultProxy) -> None:
+    """`dead` would say that its upload failed."""
+    bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)).walk(offered(bench))
+    bench.clock.advance(7200)
+    proxy.on("HEAD", ORIGINAL, BUSY)
+    pipeline = bench.pipeline(give_up_after=1)
+
+    outcomes = []
+    for _ in range(3):
+        outcomes.append(pipeline.walk(bench.claimed()))
+        bench.clock.advance(10)
+
+    assert ([Outcome.DEFERRED] * 3, "uploaded", 2) == (outcomes, bench.state(), len(bench.files()))
+
+
+def test_rule_11_a_store_that_is_away_while_clearing_holds_the_spool(bench: Bench, proxy: FaultProxy) -> None:
+    bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)).walk(offered(bench))
+    bench.clock.advance(7200)
+    proxy.go_away()
+    holds = bench.holds(store=failing(StoreUnavailable("put: Connection refused")))
+
+    outcome = bench.pipeline(holds=holds).walk(bench.claimed())
+
+    assert (Outcome.HELD, "uploaded", 2) == (outcome, bench.state(), len(bench.files()))
+    assert [{"attempts": 0}] == bench.rows("SELECT attempts FROM batch")
+
+
+def test_what_was_refused_counts_though_the_daemon_drains(bench: Bench, proxy: FaultProxy) -> None:
+    proxy.on("PUT", ORIGINAL, Reply(400, error_body("InvalidStorageClass")))
+    claim = offered(bench)
+    bench.interruptions = [bench.stop.set]
+
+    outcome = bench.pipeline().walk(claim)
+
+    assert (Outcome.DEAD, "dead") == (outcome, bench.state())
+
+
+def test_a_style_is_not_sent_before_its_original_is_there(bench: Bench, proxy: FaultProxy) -> None:
+    proxy.on("PUT", ORIGINAL, BUSY)
+
+    outcome = bench.pipeline().walk(offered(bench))
+
+    assert (Outcome.DEFERRED, "StoreUnavailable") == (outcome, bench.status()["error_code"])
+    assert [] == proxy.requests("PUT", THUMB)
+
+
+def test_a_file_that_changes_before_it_is_sent_in_parts_is_looked_at_again(
+    bench: Bench, proxy: FaultProxy, rclone_server: RcloneServer
+) -> None:
+    """It is read a second time then, and compared with what was hashed."""
+
+    def rewrite(request: Request) -> None:
+        if request.method == "POST" and request.path.endswith("?uploads"):
+            bench.write(ORIGINAL, b"another cat")
+
+    proxy.rules.append(rewrite)
+    claim = offered(bench, {"original/cat.jpg": b"a cat" * 1000})
+
+    outcome = bench.pipeline(uploader=bench.uploader(multipart_threshold=1000)).walk(claim)
+
+    assert (Outcome.STALE, [RECORD], "receiving") == (outcome, bench.touched, bench.state())
+    assert (b"another cat", {}) == (bench.read(ORIGINAL), rclone_server.objects(BUCKET))
+
+
+# Beside a newer version
+
+
+def newer_version(bench: Bench) -> None:
+    """The app replaces the upload, and the watcher is quick."""
+    bench.write(ORIGINAL, b"a newer cat")
+    assert bench.offer() is not None
+
+
+def test_a_newer_version_that_comes_before_the_older_is_let_go_stays(bench: Bench) -> None:
+    claim = bench.batch_stored(CAT)
+    newer_version(bench)
+
+    outcome = bench.pipeline().walk(claim)
+
+    assert (Outcome.STALE, "queued", b"a newer cat") == (outcome, bench.state(), bench.read(ORIGINAL))
+
+
+def test_an_older_version_that_lies_aside_is_let_go_beside_the_newer_one(bench: Bench, rclone_server: RcloneServer) -> None:
+    """The older batch is superseded, and still walked until nothing of it lies aside."""
+    pipeline = bench.pipeline(cleaner=bench.cleaner(grace_s=10.0))
+    pipeline.walk(offered(bench))
+    newer_version(bench)
+
+    walk_on(bench, pipeline)
+
+    assert b"a newer cat" == rclone_server.objects(BUCKET)[ORIGINAL]
+    assert ([], [], [], "done") == (bench.aside(), bench.kept(), bench.files(), bench.state())
+
+
+def test_what_the_bucket_lost_is_no_matter_once_a_newer_batch_is_here(
+    bench: Bench, proxy: FaultProxy, rclone_server: RcloneServer
+) -> None:
+    pipeline = bench.pipeline(cleaner=bench.cleaner(min_age_s=5.0))
+    pipeline.walk(offered(bench))
+    bench.clock.advance(7200)
+    rclone_server.client().delete_object(Bucket=BUCKET, Key=THUMB)
+    claim = bench.claimed()
+    newer_version(bench)
+
+    outcome = pipeline.walk(claim)
+
+    assert (Outcome.STALE, []) == (outcome, bench.ledger.owners())
+    assert ["superseded", "pending"] == [row["state"] for row in bench.rows("SELECT state FROM batch ORDER BY id")]
