@@ -27,7 +27,7 @@ from rich.text import Text
 from spoold import __version__, config, logs
 from spoold.clock import SystemClock
 from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
-from spoold.explain import Explainer, find
+from spoold.explain import Explainer, NoSpoolHasIt, find
 from spoold.ledger import STATES, TROUBLE, Ledger
 from spoold.owner import OWNERS, living
 from spoold.spool import KEPT
@@ -184,8 +184,12 @@ def why(file: str, path: str, spool: str | None) -> int:
     One sentence, with what would change it. PATH is a file or a record, absolute or below a spool's root.
     """
     settings = _load(file)
-    explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), path)
-    click.echo(explainer.why(relative).encode("utf-8", "backslashreplace").decode())
+    try:
+        explainer, relative = find(_explainers(settings, _ledger_or_none(settings), spool), path)
+        answer = explainer.why(relative)
+    except NoSpoolHasIt as error:
+        answer = f"{error}, so it is none of spoold's business; {error.hint}."
+    click.echo(answer.encode("utf-8", "backslashreplace").decode())
     return EX_OK
 
 

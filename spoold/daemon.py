@@ -158,12 +158,15 @@ class Daemon:
             self._work.notify_all()
 
     def _shorten_waits(self, spool: config.Spool) -> None:
-        """Let settings that were lowered hold for what waits already."""
+        """Let settings that were lowered hold for what waits already, and forget what a clock was wrong about.
+
+        A wait that began while the clock was a year ahead would last a year (contract, rule 4).
+        """
         self._ledger.shorten_waits(
             spool.name, keep_for_s=spool.cleanup.keep_for,
             at_most_s={
                 "min_age": spool.cleanup.min_age, "grace": spool.cleanup.grace, "dirs": spool.cleanup.keep_empty_dirs_for,
-                "doubt": self._settings.upload.doubt,
+                "doubt": self._settings.upload.doubt, "attempt": 0.0, "retry": 1.2 * self._settings.upload.retry.max,
             },
         )  # fmt: skip
 
@@ -318,6 +321,8 @@ class Daemon:
                 if now >= prune_at:
                     prune_at = now + _PRUNE_EVERY_S
                     self._ledger.prune(older_than_s=_HISTORY_LASTS_S)
+                    for spool in self._settings.spools:
+                        self._shorten_waits(spool)
             except LedgerUnavailable as fault:
                 log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
 

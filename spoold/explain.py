@@ -352,10 +352,14 @@ class Explainer:
         return Planned(self.spool.name, path, self._settings.bucket, None, reason)
 
 
+class NoSpoolHasIt(SpooldError):
+    """A path that lies in none of the spools: it is none of spoold's business."""
+
+
 def find(explainers: list[Explainer], path: str) -> tuple[Explainer, str]:
     """Return the spool that `path` is about, and the path below its root.
 
-    Raises SpooldError if no spool has it, or more than one.
+    Raises NoSpoolHasIt, or SpooldError if more than one has it.
     """
     if os.path.normpath(path).split("/")[0] in (".", ".."):
         path = os.path.abspath(path)  # nobody means the root by that, wherever they are
@@ -376,7 +380,7 @@ def find(explainers: list[Explainer], path: str) -> tuple[Explainer, str]:
     if len(candidates) == 1:
         return candidates[0]
     roots = ", ".join(f"{explainer.spool.name} at {explainer.spool.root}" for explainer in explainers)
-    raise SpooldError(f"{path}: no spool has it", hint=f"the spools are {roots}")
+    raise NoSpoolHasIt(f"{path}: no spool has it", hint=f"the spools are {roots}")
 
 
 def _odd(status: os.stat_result) -> str | None:

@@ -330,9 +330,11 @@ class Walking(Claiming):
     # History
 
     def prune(self, *, older_than_s: float) -> None:
-        """Forget history that is older than this."""
+        """Forget history that is older than this, and DELETEs that the fuse need not count any more."""
         with self.write() as change:
             change.execute(delete(history).where(history.c.at < iso(change.now - older_than_s)))
+            is_over = and_(intent.c.kind == "delete", intent.c.answer.is_not(None), intent.c.doubt_at.is_(None))
+            change.execute(delete(intent).where(is_over, intent.c.started_at < change.now - older_than_s))
 
 
 def _stored_object(row: Row[Any]) -> StoredObject:
