@@ -182,6 +182,8 @@ class Daemon:
         self._bury_owners()
         for spool in self._settings.spools:
             self._shorten_waits(spool)
+            rules = f"delete: {spool.cleanup.delete}, without_leases: {spool.cleanup.without_leases}"
+            self._ledger.note_cleanup(spool.name, rules, lets_go=spool.cleanup.delete)
         watching = [self._thread(f"watch:{name}", w.run, self._stop) for name, w in self._watchers.items()]
         working = [self._thread(f"work-{number}", self._work_on, number > 0) for number in range(self._workers)]
         done = threading.Event()

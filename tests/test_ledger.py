@@ -403,6 +403,27 @@ def test_files_and_bytes_are_those_live_and_on_their_way(bench: Bench) -> None:
     assert [(2, cat), (2, cat), (2, cat), (3, more), (3, more)] == [receiving, queued, uploaded, restyled, sums()]
 
 
+def test_a_style_that_is_made_again_counts_once_while_it_is_received(bench: Bench) -> None:
+    done(bench, bench.batch_stored(CAT))
+    write(bench, {"thumb/cat.jpg": b"a much larger thumb"})
+
+    see(bench)
+
+    row = bench.status()
+    assert ("receiving", 2, len(b"a cat" + b"a much larger thumb")) == (row["state"], row["files"], row["bytes"])
+
+
+def test_a_stored_batch_that_lost_its_way_is_not_walked_again_at_once(bench: Bench) -> None:
+    """Else a batch whose object and file disagree would be walked in a circle, as fast as the machine can."""
+    claim = bench.batch_stored(CAT)
+
+    bench.ledger.withdraw(claim, ClaimLost("clear: a newer version of it is live"))
+
+    assert bench.claim() is None
+    bench.clock.advance(2)
+    assert bench.claim() is not None
+
+
 def test_the_version_counts_new_content_by_digest(bench: Bench) -> None:
     def version() -> int:
         found: int = bench.status()["version"]

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import and_, delete, exists, func, insert, select, update
 
 from spoold.ledger.claiming import batch_file_of
-from spoold.ledger.schema import batch, batch_file, intent, key_owner, object_, record, replaced
+from spoold.ledger.schema import about, batch, batch_file, intent, key_owner, object_, record, replaced
 from spoold.ledger.walking import Walking
 from spoold.model import Answer, BatchFile, Claim, Identity, State
 
@@ -128,6 +128,29 @@ class Clearing(Walking):
             for waiting_for, seconds in at_most_s.items():
                 waits = and_(here, batch.c.waiting_for == waiting_for, batch.c.due_at > change.now + seconds)
                 change.execute(update(batch).where(waits).values(due_at=change.now + seconds))
+
+    def note_cleanup(self, spool: str, rules: str, *, lets_go: bool) -> None:
+        """Remember by which rules local files go; where they are others than before, what stayed by choice is walked again.
+
+        rules: whatever tells one choice from another. lets_go: local files go at all.
+        """
+        name = f"cleanup of {spool}"
+        with self.write() as change:
+            before = change.execute(select(about.c.value).where(about.c.name == name)).scalar()
+            if before == rules:
+                return
+            change.execute(delete(about).where(about.c.name == name))
+            change.execute(insert(about), {"name": name, "value": rules})
+            if before is None or not lets_go:
+                return
+            newer = batch.alias()
+            is_current = ~exists().where(
+                newer.c.record_key == batch.c.record_key, newer.c.id > batch.c.id, newer.c.state != State.SUPERSEDED
+            )
+            stayed = exists().where(batch_file.c.batch_id == batch.c.id, batch_file.c.is_gone.is_(False))
+            here = batch.c.record_key.in_(select(record.c.id).where(record.c.spool == spool))
+            done = and_(here, batch.c.state == State.DONE, is_current, stayed)
+            change.execute(update(batch).where(done).values(state=State.STORED, due_at=change.now, waiting_for=""))
 
     # Letting go
 

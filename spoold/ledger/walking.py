@@ -38,6 +38,7 @@ from spoold.model import (
     fingerprint,
 )
 
+_AGAIN_S = 1.0
 _VETOES = 100  # remembered of a record; what is forgotten is decoded once more
 _NOTHING_WRONG: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "error_code": None, "error": None, "hint": None}
 
@@ -272,7 +273,8 @@ class Walking(Claiming):
         with self.write() as change:
             if not self._is_mine(change, mine):
                 return
-            self._end(change, mine)
+            # One that was stored stays so, and is walked again: not at once, or two that disagree would never rest.
+            self._end(change, mine, **({} if mine.batch.state is State.PENDING else {"due_at": change.now + _AGAIN_S}))
             key = mine.batch.record_key
             row = change.execute(select(batch).where(batch.c.id == mine.batch.id)).one()
             if row.state != State.PENDING:

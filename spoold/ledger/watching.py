@@ -67,8 +67,7 @@ class Watching(Database):
         with self.write() as change:
             key, _ = self._record(change, spool, snapshot)
             before = change.execute(select(sighting).where(sighting.c.record_key == key)).first()
-            size_bytes = sum(file.identity.size for file in files)
-            values = {"state": state, "reason": reason, "files": len(files), "bytes": size_bytes}
+            values = {"state": state, "reason": reason, **self._coming(change, key, files)}
             if before is None:
                 change.execute(insert(sighting), {"record_key": key, **values})
             elif (before.state, before.reason, before.files, before.bytes) != tuple(values.values()):
@@ -79,6 +78,16 @@ class Watching(Database):
             if state == "stalled" and (before is None or before.state != "stalled"):
                 self._touched(change, key)
                 change.tell("record.stalled", record_key=key, spool=spool, record=snapshot.record, detail=reason)
+
+    def _coming(self, change: Transaction, key: int, files: list[SpooledFile]) -> dict[str, int]:
+        """Return by how many files and bytes the record grows: what takes a live object's place counts once."""
+        live = {
+            (row.style, row.filename): row.size
+            for row in change.execute(select(object_).where(object_.c.record_key == key))
+        }  # fmt: skip
+        replaced = [live[file.style, file.filename] for file in files if (file.style, file.filename) in live]
+        size_bytes = sum(file.identity.size for file in files)
+        return {"files": len(files) - len(replaced), "bytes": size_bytes - sum(replaced)}
 
     def offer(
         self, spool: str, snapshot: Snapshot, files: Iterable[SpooledFile], *, decided_by: str, is_all: bool

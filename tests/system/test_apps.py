@@ -789,6 +789,25 @@ def looks(root: Path) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
+def test_a_copy_becomes_a_move_when_the_configuration_says_so(rclone_server: RcloneServer, tmp_path: Path) -> None:
+    """The careful way to begin: copy, compare, then set cleanup.delete. What was copied before goes too."""
+    site = Site(tmp_path, rclone_server, spool={**THUMB, "cleanup": {"delete": False}})
+    written = at(RECORD, "me.jpg", both(1))
+    with site.daemon(constants=BRISK):
+        App(site.root).save("avatars", 42, "me.jpg", both(1))
+        site.until_state(RECORD, "done")
+    copied = site.files()
+
+    site.settings["spools"][0]["cleanup"]["delete"] = True
+    site.write_config()
+    with site.daemon(constants=BRISK):
+        until(lambda: not site.files(), "what was copied has gone")
+        site.until_state(RECORD, "done")
+
+    assert written == copied
+    site.demand_laws(written)
+
+
 def test_without_cleanup_it_is_a_copy_and_nothing_is_touched(
     proxy: FaultProxy, rclone_server: RcloneServer, tmp_path: Path
 ) -> None:
