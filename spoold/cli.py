@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -19,23 +17,15 @@ from typing import Any
 
 import click
 import structlog
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from spoold import __version__, config, logs
+from spoold import __version__, config, logs, terminal
 from spoold.clock import SystemClock
 from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
 from spoold.explain import Explainer, NoSpoolHasIt, find
-from spoold.ledger import STATES, TROUBLE, Ledger
-from spoold.owner import OWNERS, living
-from spoold.spool import KEPT
+from spoold.ledger import Ledger
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 70, 75, 78
 DEFAULT_CONFIG = "/etc/spoold/config.yaml"
-_MOST_TROUBLED = 10
-_ENDLESS = 100_000  # characters in a line
 _DEPENDENCIES = ("boto3", "watchdog", "SQLAlchemy", "Pillow", "structlog", "tenacity", "pydantic")
 
 
@@ -165,12 +155,13 @@ def status(file: str, record: str | None, spool: str | None, as_json: bool, watc
     if record is not None:
         return _status_of(settings, ledger, record, spool, as_json)
     if watch:
-        return _watch(settings, ledger)
-    overview = _overview(settings, ledger)
+        terminal.watch(lambda: terminal.overview(settings, ledger))
+        return EX_OK
+    overview = terminal.overview(settings, ledger)
     if as_json:
         click.echo(json.dumps(overview, indent=2))
     else:
-        _print(_table(overview))
+        terminal.show(terminal.table(overview))
     return EX_OK
 
 
@@ -351,16 +342,6 @@ def _record(explainers: list[Explainer], path: str) -> str:
     raise SpooldError(f"{path}: it lies in no spool", hint="RECORD is the record's directory below the spool's root")
 
 
-def _print(what: Group) -> None:
-    """Print for a person; into a pipe without colours, and each line in one piece for `grep`."""
-    if sys.stdout.isatty():
-        return Console(highlight=False).print(what)
-    plain = Console(file=io.StringIO(), highlight=False, width=_ENDLESS)
-    with plain.capture() as printed:
-        plain.print(what)
-    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
-
-
 def _run(file: str, settings: config.Settings, once: bool) -> int:
     """Run daemons, one after the other, until one ends for another reason than new settings."""
     from spoold.daemon import Daemon  # its imports cost half a second
@@ -438,78 +419,6 @@ def _dry_run(settings: config.Settings) -> int:
     return EX_OK
 
 
-def _overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
-    counts, held, stored = ledger.counts(), ledger.held(), ledger.bytes_by_spool()
-    spools = []
-    for spool in settings.spools:
-        kept = spool.root / ".spoold" / KEPT
-        hold = held.get(spool.name)
-        objects, size_bytes = stored.get(spool.name, (0, 0))
-        spools.append(
-            {
-                "spool": spool.name,
-                "states": counts.get(spool.name, {}),
-                "objects": objects,
-                "bytes": size_bytes,
-                "held": None if hold is None else dict(hold._mapping),
-                "kept": sorted(os.listdir(kept)) if kept.is_dir() and os.access(kept, os.R_OK) else [],
-            }
-        )
-    return {
-        "daemons": living(settings.state_dir / OWNERS),
-        "spools": spools,
-        "troubled": ledger.troubled(limit=_MOST_TROUBLED),
-        "replaced_waiting": ledger.replaced_waiting(),
-    }
-
-
-def _table(overview: dict[str, Any]) -> Group:
-    styles = {"dead": "red", "stalled": "yellow", "retrying": "yellow", "uploading": "cyan", "done": "green"}
-    present = {state for spool in overview["spools"] for state in spool["states"]}
-    states = [state for state in STATES if state in present or state in ("queued", "uploaded", "done")]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("spool")
-    for state in states:
-        table.add_column(state, justify="right")
-    table.add_column("objects", justify="right")
-    table.add_column("size", justify="right")
-    notes: list[Text] = []
-    for spool in overview["spools"]:
-        counts = [spool["states"].get(state, 0) for state in states]
-        cells = [Text(str(n), style=styles.get(state, "") if n else "dim") for state, n in zip(states, counts, strict=True)]
-        table.add_row(spool["spool"], *cells, str(spool["objects"]), _human(spool["bytes"]))
-        if hold := spool["held"]:
-            remedy = f"; {hold['hint']}" if hold["hint"] else ""
-            notes.append(Text(f"{spool['spool']} is held since {hold['since']}: {hold['error']}{remedy}", style="red"))
-        for name in spool["kept"]:
-            kept = f"{spool['spool']} keeps what came back to a taken name: spoold why .spoold/kept/{shlex.quote(name)}"
-            notes.append(Text(kept, style="yellow"))
-    if overview["daemons"] == 0:
-        notes.append(Text("no daemon is running with this configuration: spoold run", style="yellow"))
-    if not overview["troubled"]:
-        return Group(table, *notes)
-    troubled = Table(box=None, show_header=False, pad_edge=False)
-    for row in overview["troubled"]:
-        troubled.add_row(Text(row["state"], style=styles[row["state"]]), Text(row["path"]), Text(row["error"] or ""))
-    more = sum(spool["states"].get(state, 0) for spool in overview["spools"] for state in TROUBLE) - len(overview["troubled"])
-    return Group(table, *notes, "", troubled, *([f"and {more} more"] if more > 0 else []))
-
-
-def _human(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
-
-
-def _watch(settings: config.Settings, ledger: Ledger) -> int:
-    with Live(_table(_overview(settings, ledger)), console=Console(highlight=False), refresh_per_second=4) as live:
-        while True:
-            time.sleep(0.5)
-            live.update(_table(_overview(settings, ledger)))
-
-
 def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: str | None, as_json: bool) -> int:
     explainers = {explainer.spool.name: explainer for explainer in _explainers(settings, ledger, spool)}
     path = _record(list(explainers.values()), record)
@@ -528,28 +437,5 @@ def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: st
         click.echo(json.dumps(cards[0] if len(cards) == 1 else cards, indent=2))
         return EX_OK
     for card in cards:
-        _print(_card(card))
+        terminal.show(terminal.card_of(card))
     return EX_OK
-
-
-def _card(card: dict[str, Any]) -> Group:
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column()
-    for name in ("spool", "path", "state", "processing", "version", "files", "bytes", "attempts", "next_attempt_at",
-                 "error_code", "error", "first_seen_at", "uploaded_at", "done_at", "why"):  # fmt: skip
-        if card[name] is not None:
-            facts.add_row(name, Text(str(card[name])))
-    parts: list[Any] = [facts]
-    objects = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("style", "key", "size", "content_type"):
-        objects.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
-    for item in card["objects"]:
-        objects.add_row(*(Text(str(item[name])) for name in ("style", "key", "size", "content_type")))
-    if card["objects"]:
-        parts += ["", objects]
-    history = Table(box=None, show_header=False, pad_edge=False)
-    for item in card["history"]:
-        rest = "  ".join(f"{k}={v}" for k, v in item.items() if k not in ("at", "event") and v not in (None, ""))
-        history.add_row(item["at"], item["event"], Text(rest))
-    return Group(*parts, "", history)
