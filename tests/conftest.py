@@ -45,6 +45,13 @@ def _command_line(pid: int) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C reach what we start, also where we run in a shell's background, which has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def environment() -> Iterator[None]:
     """Give boto3 credentials that open nothing, and keep this machine's own settings out, for us and our children."""
     with pytest.MonkeyPatch.context() as patch:
