@@ -163,16 +163,16 @@ def test_rule_2_without_marker_and_styles_quiet_decides(rclone_server: RcloneSer
     site = Site(tmp_path, rclone_server, spool={"complete": {"settle": "400ms"}})
     paths = App(site.root).save("avatars", 42, "me.jpg", FILES, how="copy")
     modes = itertools.cycle([0o644, 0o640])
-    until_s = time.monotonic() + 1.5
 
     with site.daemon(constants=BRISK) as daemon:
+        until_s = time.monotonic() + 1.5
 
         def busy() -> bool:
             paths["thumb"].chmod(next(modes))
             os.utime(paths["thumb"], (1e9, 1e9))
-            return time.monotonic() > until_s
+            return time.monotonic() > until_s and site.status(RECORD) != {}
 
-        until(busy, "the app has been busy for a while")
+        until(busy, "the app has been busy for a while, and was seen at it")
         state, objects = site.status(RECORD)["state"], site.objects()
         site.until_state(RECORD, "done")
 
