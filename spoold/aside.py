@@ -91,6 +91,12 @@ class AsideDirectory:
         self.keep(name)
         return False
 
+    def inode_of(self, name: str) -> int | None:
+        """Return the inode of what lies in here under `name`; None if nothing does."""
+        with contextlib.suppress(FileNotFoundError), self.directory() as aside:
+            return os.stat(name, dir_fd=aside, follow_symlinks=False).st_ino
+        return None
+
     def keep(self, name: str) -> None:
         with self.directory() as aside, self._spool.directory(f"{HOUSE}/{KEPT}") as kept:
             rename_noreplace(name, name, dir_fd=aside, to_dir_fd=kept)

@@ -254,6 +254,7 @@ class Cleaner:
                     waits += filter(None, [self._give_back_ours(claim, file, reason)])
                     continue
                 self._demand_claim()
+                self._ledger.demand_certain()
                 with self._aside.directory() as aside:
                     os.unlink(file.aside_name, dir_fd=aside)
             except (Vanished, FileNotFoundError):
@@ -370,12 +371,18 @@ class Cleaner:
             return
         batch, number, path = parsed
         known = self._ledger.aside_file(batch, number)
-        if known is None:
+        if known is None or not self._is_the_same(known, name, path):
             self._give_back_unknown(name, path)
             return
         with self._claimed(known.record_key, owner, lease_s) as is_ours:
             if is_ours:
                 self._recover_one(known, name)
+
+    def _is_the_same(self, known: Aside, name: str, path: str | None) -> bool:
+        """Say whether the ledger means this file by batch and number: one that was lost may have counted to them too."""
+        if path is not None:
+            return path == known.file.file.path
+        return self._aside.inode_of(name) == known.file.file.identity.ino
 
     def _report_aside(self, name: str, detail: str) -> None:
         log.warning("aside.unknown", spool=self._spool.name, path=f"{HOUSE}/{ASIDE}/{_printable(name)}", detail=detail)
@@ -394,7 +401,8 @@ class Cleaner:
     def _give_back_unknown(self, name: str, path: str | None) -> None:
         """The ledger does not know this file; its name tells where it lay."""
         if path is None:
-            self._report_aside(name, "the ledger does not know it; it stays")
+            self._aside.keep(name)  # else it would be taken for another, once the ledger has counted to its batch
+            self._report_aside(name, f"the ledger does not know it, nor where it lay; it is in {HOUSE}/{KEPT} now")
             return
         back = self._aside.put_back(path, name)
         log.warning("file.given_back", spool=self._spool.name, path=path if back else f"{HOUSE}/{KEPT}/{name}",

@@ -23,6 +23,7 @@ from spoold.clock import SystemClock
 from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
 from spoold.explain import Explainer, NoSpoolHasIt, find
 from spoold.ledger import Ledger
+from spoold.owner import OWNERS, living
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 70, 75, 78
 DEFAULT_CONFIG = "/etc/spoold/config.yaml"
@@ -307,7 +308,12 @@ def _load(file: str) -> config.Settings:
 
 
 def _ledger(settings: config.Settings) -> Ledger:
-    return Ledger(settings.ledger_url, clock=SystemClock(), create=False)
+    try:
+        return Ledger(settings.ledger_url, clock=SystemClock(), create=False)
+    except LedgerUnavailable as error:
+        if faults := list(filter(None, living(settings.state_dir / OWNERS) or ())):
+            raise LedgerUnavailable(str(error), hint=f"the daemon says: {faults[0]}") from error
+        raise
 
 
 def _ledger_or_none(settings: config.Settings) -> Ledger | None:
@@ -343,8 +349,8 @@ def _record(explainers: list[Explainer], path: str) -> str:
 
 
 def _run(file: str, settings: config.Settings, once: bool) -> int:
-    """Run daemons, one after the other, until one ends for another reason than new settings."""
-    from spoold.daemon import Daemon  # its imports cost half a second
+    """Run daemons, one after the other, until one ends for another reason than new settings or a new ledger."""
+    from spoold.daemon import LEDGER_LOST, Daemon  # its imports cost half a second
 
     signals = _Signals(file)
     while True:
@@ -355,9 +361,12 @@ def _run(file: str, settings: config.Settings, once: bool) -> int:
         sys.stdout.flush()
         if code == EX_SOFTWARE or (code == EX_TEMPFAIL and not once):
             os._exit(code)  # threads that did not end in time must not hold us
-        if signals.settings is None:
+        if code == LEDGER_LOST:
+            settings = signals.settings or settings
+        elif signals.settings is None:
             return code
-        settings = signals.settings
+        else:
+            settings = signals.settings
 
 
 class _Signals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from spoold.looker import Looker
 from spoold.model import Claim, Headers
 from spoold.owner import LEASE_S, OWNERS, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
+from spoold.rebuild import Rebuilder, Source
 from spoold.spool import Spool
 from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
@@ -27,6 +29,8 @@ from spoold.watcher import Watcher
 log = structlog.get_logger()
 
 DRAINED, LEFT, REFUSED, CRASHED = 0, 75, 69, 70
+LEDGER_LOST = -1
+"""No exit code: the ledger was damaged and is out of the way; another daemon in this process begins it anew."""
 
 _MOST_WORKERS = 8
 _AUTO_CONCURRENCY = 16
@@ -35,6 +39,8 @@ _IDLE_S = 1.0
 _TEND_EVERY_S = 0.5
 _REMOVE_EVERY_S = 5.0
 _PRUNE_EVERY_S = 3600.0
+_RESERVE_EVERY_S = 60.0
+_REBUILD_EVERY_S = 60.0
 _HISTORY_LASTS_S = 30 * 86400.0
 _WAITED_FOR = {"attempt", "clearing", "min_age", "grace", "dirs"}
 _NOT_LEFT = _WAITED_FOR | {"keep_for"}
@@ -53,7 +59,9 @@ class Daemon:
         self._stop = threading.Event()
         self._work = threading.Condition()
         self._busy = 0
+        self._is_told_to_stop = False
         self._crash: BaseException | None = None
+        self._low_reserve: LedgerUnavailable | None = None
         self._starting = {spool.name for spool in settings.spools}
         self._recovered: set[str] = set()  # nothing of a spool is walked before what lies aside in it was seen to
         try:
@@ -88,6 +96,10 @@ class Daemon:
         self._remover = Remover(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
             limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools}, demand_claim=self._owner.demand,
+        )  # fmt: skip
+        self._rebuilder = Rebuilder(
+            ledger=self._ledger, store=self._store,
+            sources={s.name: Source(self._spools[s.name].layout, s.bucket, _beginning_of(s.key)) for s in settings.spools},
         )  # fmt: skip
 
     # Building
@@ -140,7 +152,7 @@ class Daemon:
 
     def _probes(self, spool: config.Spool) -> dict[str, Callable[[], None]]:
         headers = headers_for(spool, "", "original", "application/octet-stream")
-        key = f"{spool.key.lstrip('/').split(':', 1)[0]}.spoold-probe"
+        key = f"{_beginning_of(spool.key)}.spoold-probe"
         return {
             "store": lambda: self._store.probe(spool.bucket, key, headers),
             "disk": lambda: self._spools[spool.name].move_in(self._ledger.id),
@@ -174,12 +186,14 @@ class Daemon:
 
     def stop(self) -> None:
         """Ask for a drain; safe in a signal handler."""
+        self._is_told_to_stop = True
         self._stop.set()
 
     def run(self) -> int:
         """Work until asked to stop, or until nothing is left if that is all that was asked for; return the exit code."""
         self._holds.forget_before()
         self._bury_owners()
+        self._keep_reserve()
         for spool in self._settings.spools:
             self._shorten_waits(spool)
             rules = f"delete: {spool.cleanup.delete}, without_leases: {spool.cleanup.without_leases}"
@@ -188,6 +202,8 @@ class Daemon:
         working = [self._thread(f"work-{number}", self._work_on, number > 0) for number in range(self._workers)]
         done = threading.Event()
         keeping = [self._thread("lease", self._renew, done), self._thread("tend", self._tend, done)]
+        if self._rebuilder.is_due:
+            keeping.append(self._thread("rebuild", self._rebuild, done))
         try:
             code = self._wait_until_idle() if self._once else self._wait_until_stopped()
             self._stop.set()
@@ -208,15 +224,15 @@ class Daemon:
         self._store.close()
         self._ledger.close()
         log.info("daemon.drained")
-        return code
+        return LEDGER_LOST if self._ledger.is_lost and not self._is_told_to_stop else code
 
     def _wait_until_stopped(self) -> int:
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(1.0) and not self._ledger.is_lost:
             pass
         return DRAINED
 
     def _wait_until_idle(self) -> int:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.1) and not self._ledger.is_lost:
             held = self._holds.held()
             working = set(self._spools) - held  # what is held would wait for ever
             if self._busy or not all(self._watchers[name].is_idle for name in working):
@@ -273,8 +289,7 @@ class Daemon:
                 finally:
                     with self._work:
                         self._busy -= 1
-            except LedgerUnavailable as fault:
-                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+            except LedgerUnavailable:  # the ledger told of it
                 if claim is not None:
                     unfinished.append(claim)
                 self._stop.wait(_IDLE_S)
@@ -298,8 +313,8 @@ class Daemon:
                 self._ledger.renew(self._owner.name, lease_s=LEASE_S)
                 self._owner.renewed(asked_at)
                 self._bury_owners()
-            except LedgerUnavailable as fault:
-                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+            except LedgerUnavailable:
+                continue  # the ledger told of it
 
     def _bury_owners(self) -> None:
         for name in self._ledger.owners():
@@ -311,8 +326,14 @@ class Daemon:
     def _tend(self, done: threading.Event) -> None:
         """What is due now and then: probes of what is held, replaced keys, old history."""
         remove_at = prune_at = 0.0
+        reserve_at = self._clock.monotonic() + _RESERVE_EVERY_S
         while not done.wait(_TEND_EVERY_S):
             now = self._clock.monotonic()
+            trouble = self._ledger.trouble or self._low_reserve
+            self._owner.say("" if trouble is None else f"{trouble}; {trouble.hint}")
+            if now >= reserve_at:
+                reserve_at = now + _RESERVE_EVERY_S
+                self._keep_reserve()
             try:
                 self._holds.probe_due()
                 if now >= remove_at and not self._stop.is_set():
@@ -325,8 +346,27 @@ class Daemon:
                     self._ledger.prune(older_than_s=_HISTORY_LASTS_S)
                     for spool in self._settings.spools:
                         self._shorten_waits(spool)
-            except LedgerUnavailable as fault:
-                log.warning("ledger.unavailable", detail=str(fault), hint=fault.hint)
+            except LedgerUnavailable:
+                continue  # the ledger told of it
+
+    def _keep_reserve(self) -> None:
+        """See to it that the ledger can go on for a while on a full disk, and say once that it soon cannot."""
+        before, self._low_reserve = self._low_reserve, None
+        try:
+            self._ledger.keep_reserve()
+        except LedgerUnavailable as fault:
+            self._low_reserve = fault
+            if before is None:
+                log.error("ledger.low_on_space", detail=str(fault), hint=fault.hint)
+
+    def _rebuild(self, done: threading.Event) -> None:
+        """List the buckets of a ledger that was lost; what refuses is tried again."""
+        while not done.is_set():
+            with contextlib.suppress(LedgerUnavailable):
+                self._rebuilder.rebuild()
+                if not self._rebuilder.is_due:
+                    return
+            done.wait(_REBUILD_EVERY_S)
 
     def _ready(self, spool: str) -> None:
         with self._work:
@@ -340,6 +380,11 @@ class Daemon:
     def _broken(self, spool: str, fault: SpooldError) -> None:
         self._holds.hold(spool, fault)
         self._ready(spool)
+
+
+def _beginning_of(key: str) -> str:
+    """Return what all keys that a template makes begin with."""
+    return key.lstrip("/").split(":", 1)[0]
 
 
 def headers_for(spool: config.Spool, attachment: str, style: str, sniffed: str) -> Headers:

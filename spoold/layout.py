@@ -164,6 +164,23 @@ class Layout:
             raise BadPath(f"{path}: key {key!r} could be another file's too", hint=hint)
         return key
 
+    def parse_key(self, key: str) -> Place | None:
+        """Return what a key says of the file that it was made for, or None if it cannot be one of this spool's."""
+        match = self._key.regex.fullmatch(key)
+        if match is None:
+            return None
+        values: dict[str, str] = match.groupdict()
+        fingerprint = values.get("fingerprint")
+        _compute(values)
+        if any(token not in values for token in self._path.tokens):
+            return None
+        place = self.parse(self._path.render(values))
+        try:
+            is_its = place is not None and self.key(place, fingerprint=fingerprint) == key
+        except BadPath:
+            return None
+        return place if is_its else None
+
     def url(self, place: Place, key: str, *, bucket: str = "", fingerprint: str | None = None) -> str | None:
         """Return the public URL, values percent-encoded, or None without a template. `key` is what `key()` returned."""
         if self._url is None:

@@ -224,6 +224,7 @@ class Put:
     body: the hashed bytes where they were small enough to keep, else None: they are read again and compared.
     intent: the ledger's row for it; 0 before it is written.
     adopted: the object that holds these bytes already; nothing is sent then.
+    is_sought: a ledger that was lost may have put it there already: look before it is sent.
     abandoned: multipart uploads to this key that a walk before this one began and did not end.
     """
 
@@ -236,6 +237,7 @@ class Put:
     body: bytes | None = field(default=None, repr=False)
     intent: int = 0
     adopted: StoredObject | None = None
+    is_sought: bool = False
     abandoned: tuple[str, ...] = ()
 
 
@@ -253,6 +255,7 @@ class PutResult:
 
     doubt_at: when the last try without an answer ended, seconds since the epoch; None if every try was answered. A
     confirmed PUT can have one: an earlier try of it may land once more, later.
+    was_there: the bucket held these bytes already, so nothing was sent.
     """
 
     put: Put
@@ -260,3 +263,4 @@ class PutResult:
     stored: StoredObject | None = None
     doubt_at: float | None = None
     error: Exception | None = None
+    was_there: bool = False

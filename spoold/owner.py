@@ -21,6 +21,8 @@ from spoold.errors import ClaimLost
 LEASE_S = 30.0
 """How long a claim lasts unless it is renewed."""
 
+_WORDS_BYTES = 1024  # written once, so that there is room for them on a full disk
+
 OWNERS = "owners"
 """The directory of the lock files, in state_dir."""
 
@@ -39,6 +41,8 @@ class Owner:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = directory / self.name
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._words: str | None = None
+        self.say("")
         fcntl.flock(self._fd, fcntl.LOCK_EX)  # nobody else keeps it, but one who looks may have it for a moment
         self._sure_until = clock.monotonic() + LEASE_S
         self._at_work = 0
@@ -74,6 +78,15 @@ class Owner:
         if not self._is_sure():
             raise ClaimLost("the claim may have run out: this daemon was stopped, or could not reach the ledger")
 
+    def say(self, what_is_wrong: str) -> None:
+        """Tell whoever asks for the `living` what is wrong with us, "" for nothing: a ledger that is full cannot."""
+        if what_is_wrong == self._words:
+            return
+        words = what_is_wrong.encode("utf-8", "backslashreplace")[:_WORDS_BYTES]
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, words.ljust(_WORDS_BYTES), 0)
+            self._words = what_is_wrong
+
     def is_dead(self, name: str) -> bool:
         """Say whether the daemon of this name is known to be dead; one on another host or with another state_dir never is."""
         if name == self.name or not name.startswith(f"{self._host}:") or "/" in name:
@@ -99,20 +112,23 @@ class Owner:
         os.close(self._fd)
 
 
-def living(directory: Path) -> int | None:
-    """Return how many daemons live whose lock files are in this directory; None if we may not look."""
-    count = 0
+def living(directory: Path) -> list[str] | None:
+    """Return what each living daemon with its lock file in this directory says is wrong with it; None if we may not look.
+
+    "" where nothing is wrong.
+    """
+    found = []
     try:
         for path in directory.iterdir():
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                count += 1
+                found.append(os.pread(fd, _WORDS_BYTES, 0).decode("utf-8", "replace").strip())
             finally:
                 os.close(fd)
     except FileNotFoundError:
-        return count
+        return found
     except PermissionError:
         return None
-    return count
+    return found

@@ -156,6 +156,21 @@ class Store:
                     digester.update(chunk)
         return digester.digests()
 
+    def listing(self, bucket: str, prefix: str) -> Iterator[tuple[StoredObject, float]]:
+        """Yield every object whose key begins with `prefix`, in the order of keys, and when it was put, by the server's clock.
+
+        As far as a listing tells: no content type, and a checksum only by its ETag. Moments in seconds since the epoch.
+        """
+        page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        while page:
+            with self._asking(f"list {bucket}/{prefix}") as client:
+                answer = client.list_objects_v2(**page)
+            for entry in answer.get("Contents", ()):
+                etag, modified_at = entry["ETag"].strip('"'), entry["LastModified"].timestamp()
+                yield StoredObject(bucket, entry["Key"], entry["Size"], "", etag), modified_at
+            more = answer.get("NextContinuationToken")
+            page = {**page, "ContinuationToken": more} if more else {}
+
     def delete(self, bucket: str, key: str) -> None:
         """Delete a key; that it is not there is fine too."""
         what = f"delete {key}"

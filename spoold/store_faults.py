@@ -47,6 +47,7 @@ _PERMISSIONS = {
     "get": "s3:GetObject",
     "delete": "s3:DeleteObject",
     "abort": "s3:AbortMultipartUpload",
+    "list": "s3:ListBucket",
 }
 _DAMAGED = {
     "BadDigest",
@@ -66,7 +67,7 @@ _REFUSED = {
     "MetadataTooLarge": "object.metadata may have 2 KB",
     "NotImplemented": _UNKNOWN_WISH,
 }
-_OURS = ("Object", "MultipartUpload", "UploadPart")
+_OURS = ("Object", "MultipartUpload", "UploadPart", "ListObjectsV2")
 """How the names of our operations end; others are botocore's own, when it asks STS or SSO for credentials."""
 
 

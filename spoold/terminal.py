@@ -42,8 +42,10 @@ def overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
                 "kept": sorted(os.listdir(kept)) if kept.is_dir() and os.access(kept, os.R_OK) else [],
             }
         )
+    words = living(settings.state_dir / OWNERS)
     return {
-        "daemons": living(settings.state_dir / OWNERS),
+        "daemons": None if words is None else len(words),
+        "faults": sorted(filter(None, words or ())),
         "spools": spools,
         "troubled": ledger.troubled(limit=_MOST_TROUBLED),
         "replaced_waiting": ledger.replaced_waiting(),
@@ -71,6 +73,7 @@ def table(overview: dict[str, Any]) -> Group:
         for name in spool["kept"]:
             kept = f"{spool['spool']} keeps what came back to a taken name: spoold why .spoold/kept/{shlex.quote(name)}"
             notes.append(Text(kept, style="yellow"))
+    notes += [Text(f"the daemon says: {fault}", style="red") for fault in overview["faults"]]
     if overview["daemons"] == 0:
         notes.append(Text("no daemon is running with this configuration: spoold run", style="yellow"))
     if not overview["troubled"]:

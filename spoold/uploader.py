@@ -199,6 +199,8 @@ class Uploader:
             return PutResult(put, Answer.CONFIRMED, put.adopted)
         doubt_at: float | None = None
         try:
+            if put.is_sought and (found := self._found(put)) is not None:
+                return PutResult(put, Answer.CONFIRMED, found, was_there=True)
             for attempt in tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type((StoreUnavailable, Unproven)),
                 stop=tenacity.stop_after_delay(_PERSISTENCE_S) | tenacity.stop_when_event_set(self._stop),
@@ -225,6 +227,16 @@ class Uploader:
             size_bytes=stored.size,
         )  # fmt: skip
         return PutResult(put, Answer.CONFIRMED, stored, doubt_at=doubt_at)
+
+    def _found(self, put: Put) -> StoredObject | None:
+        """Return the object if the key holds these bytes already: its ETag is their MD5, or it is read back and hashed."""
+        found = self._store.head(put.bucket, put.key)
+        if found is None or found.size != put.digests.size:
+            return None
+        if found.etag.lower() == put.digests.md5:
+            return found
+        digests = self._store.digest(put.bucket, put.key)
+        return found if digests is not None and digests.sha256 == put.digests.sha256 else None
 
     def _send(self, put: Put, on_upload: Callable[[Put, str], None]) -> StoredObject:
         size = put.digests.size

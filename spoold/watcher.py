@@ -175,8 +175,7 @@ class Watcher:
                 self._look_at_due()
             except SpoolBroken as fault:
                 self._break(fault)
-        except LedgerUnavailable as fault:
-            log.warning("ledger.unavailable", spool=self._spool.name, detail=str(fault), hint=fault.hint)
+        except LedgerUnavailable:  # the ledger told of it
             return 0.5
         if self._sweeps and len(self._settling) < _PENDING_AT_MOST:
             return 0.0

@@ -1,6 +1,6 @@
 """Figures that the tests measure. `record` prints them; where SPOOLD_FIGURES names a file, they are appended to it too.
 
-    record("race", tool="spoold", writer="rename", filesystem="ext4", rewrites=20_000, lost=0)
+record("race", tool="spoold", writer="rename", filesystem="ext4", rewrites=20_000, lost=0)
 """
 
 from __future__ import annotations

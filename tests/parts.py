@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -12,7 +13,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -265,6 +266,35 @@ class Bench:
         self.pool.shutdown()
         self.store.close()
         self.ledger.close()
+
+    def lose_ledger(self) -> None:
+        """Have the ledger's file lost while nobody has it open, and a new one begun."""
+        self.ledger.close()
+        for path in self.directory.glob("ledger.db*"):
+            if path.suffix != ".id":
+                path.unlink()
+        self.ledger = Ledger(f"sqlite:///{self.ledger_file}", clock=self.clock)
+
+    @contextlib.contextmanager
+    def ledger_away(self) -> Iterator[None]:
+        """Have the ledger take no changes for the block: its file is gone, and there is no room to put it back."""
+        away = self.take_ledger_away()
+        try:
+            yield
+        finally:
+            away()
+
+    def take_ledger_away(self) -> Callable[[], None]:
+        """Do what `ledger_away` does; return what ends it."""
+        elsewhere, in_the_way = self.directory / "elsewhere.db", Path(f"{self.ledger_file}.draft.{os.getpid()}")
+        in_the_way.mkdir()
+        self.ledger_file.rename(elsewhere)
+
+        def put_back() -> None:
+            in_the_way.rmdir()
+            elsewhere.rename(self.ledger_file)
+
+        return put_back
 
     # The app
 

@@ -118,6 +118,7 @@ def test_only_cleanup_deletes() -> None:
     """Others remove nothing but what they made themselves a moment before."""
     removing = {"unlink", "rmdir", "rmtree", "remove", "removedirs", "delete"}
     own_things = {
+        "ledger": "the draft of its own file",
         "owner": "its lock files", "spool": "its drafts and probes", "store": "the verb that cleanup calls",
         "renames": "the second half of a rename, where the filesystem has no better", "demo": "its own scratch directory",
     }  # fmt: skip

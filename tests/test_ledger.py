@@ -1720,32 +1720,6 @@ def test_a_ledger_is_made_by_the_daemon_only(tmp_path: Path) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("how", ["unlinked", "replaced"])
-def test_a_ledger_that_was_taken_away_says_so_instead_of_swallowing_changes(bench: Bench, how: str) -> None:
-    """SQLite itself goes on writing into a file that has no name any more (FACTS 28)."""
-    offered(bench)
-    bench.ledger_file.rename(bench.directory / "elsewhere.db")
-    if how == "replaced":
-        bench.ledger_file.write_bytes((bench.directory / "elsewhere.db").read_bytes())
-
-    with pytest.raises(LedgerUnavailable) as caught:
-        bench.ledger.put_back(Claim(None, "me", 1, 0.0))  # type: ignore[arg-type]
-
-    assert "the file was removed or replaced under the daemon" in str(caught.value)
-    assert "put the old file back, or restart the daemon" in caught.value.hint
-
-
-def test_a_ledger_that_was_taken_away_and_put_back_goes_on(bench: Bench) -> None:
-    bench.ledger_file.rename(bench.directory / "elsewhere.db")
-    with pytest.raises(LedgerUnavailable):
-        offered(bench)
-    (bench.directory / "elsewhere.db").rename(bench.ledger_file)
-
-    offered(bench)
-
-    assert "queued" == bench.state()
-
-
 def set_pragma(bench: Bench, pragma: str) -> None:
     """Have it set on every connection that is opened from now on."""
     bench.ledger.close()  # those that are open; the next verb opens others

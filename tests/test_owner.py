@@ -98,4 +98,19 @@ def test_the_daemons_that_live_are_counted_by_their_locks(tmp_path: Path) -> Non
     one = living(tmp_path / "owners")
     ours.close()
 
-    assert (0, 2, 1, 0) == (nowhere, both, one, living(tmp_path / "owners"))
+    assert ([], ["", ""], [""], []) == (nowhere, both, one, living(tmp_path / "owners"))
+
+
+def test_a_daemon_says_what_is_wrong_with_it_until_it_is_mended(tmp_path: Path) -> None:
+    """A ledger that takes no changes cannot tell; what stands in the lock file needs no more room on a full disk."""
+    owner = Owner(tmp_path / "owners", clock=ManualClock())
+
+    owner.say("the disk is full \udcff" + "!" * 5000)
+    said = living(tmp_path / "owners")
+    owner.say("")
+    [path] = (tmp_path / "owners").iterdir()
+
+    assert said is not None and said[0].startswith("the disk is full \\udcff!!!")
+    assert [""] == living(tmp_path / "owners")
+    assert len(said[0]) == path.stat().st_size
+    owner.close()

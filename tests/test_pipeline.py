@@ -586,13 +586,13 @@ def test_a_ledger_that_is_gone_is_told_and_the_claim_is_still_ours(bench: Bench,
     """Nothing is let go: what was stored cannot be written down."""
     pipeline = bench.pipeline()
     claim = offered(bench)
-    elsewhere = bench.directory / "elsewhere.db"
-    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere)]
+    put_back: list[Callable[[], None]] = []
+    bench.interruptions = [lambda: put_back.append(bench.take_ledger_away())]
 
     with pytest.raises(LedgerUnavailable):
         pipeline.walk(claim)
     files = bench.files()
-    elsewhere.rename(bench.ledger_file)
+    put_back[0]()
     bench.ledger.put_back(claim)
     walk_on(bench, pipeline)
 
@@ -604,11 +604,11 @@ def test_a_ledger_that_is_gone_is_told_and_the_claim_is_still_ours(bench: Bench,
 def test_rule_6_what_was_sent_and_could_not_be_written_down_is_in_doubt(bench: Bench) -> None:
     pipeline = bench.pipeline()
     claim = offered(bench)
-    elsewhere = bench.directory / "elsewhere.db"
-    bench.interruptions = [lambda: bench.ledger_file.rename(elsewhere)]
+    put_back: list[Callable[[], None]] = []
+    bench.interruptions = [lambda: put_back.append(bench.take_ledger_away())]
     with pytest.raises(LedgerUnavailable):
         pipeline.walk(claim)
-    elsewhere.rename(bench.ledger_file)
+    put_back[0]()
 
     bench.ledger.put_back(claim)
     bench.claimed()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy
 import structlog
@@ -20,6 +20,7 @@ from sqlalchemy.engine import make_url
 from spoold.clock import Clock, iso
 from spoold.errors import LedgerUnavailable
 from spoold.ledger import schema
+from spoold.ledger.file import LedgerFile, is_damage, keep_reserve
 
 log = structlog.get_logger()
 
@@ -36,6 +37,11 @@ _LEVELS = {
     "file.deleted": "debug",
     "batch.resumed": "debug",
 }
+REBUILT_AT = "rebuilt at"
+"""The name in `about` of the moment when a lost ledger was begun anew, seconds since the epoch."""
+
+_STEADY_S = 5.0
+
 _UNTOLD = {"file.set_aside", "file.deleted", "batch.resumed"}  # not worth a row in the history
 
 
@@ -73,66 +79,191 @@ class Transaction:
 class Database:
     """A connection pool with one writer at a time.
 
+    create: this is the daemon, which makes, migrates and mends the ledger, and tells in its log what is wrong with it.
     Raises LedgerUnavailable wherever the database does not answer, is full, or is no longer the file that was opened.
     """
 
     def __init__(self, url: str, *, clock: Clock, create: bool = True) -> None:
         self._clock = clock
         self._url = make_url(url)
-        self._file = self._url.database if self._url.get_backend_name() == "sqlite" else None
+        self._file = LedgerFile(str(self._url.database)) if self._url.get_backend_name() == "sqlite" else None
         self._shown = self._url.render_as_string()  # without its password
+        self._creates = create
         self._writing = threading.Lock()
-        if self._file and not create and not os.path.exists(self._file):
+        self._kept: list[sqlite3.Connection] = []
+        self._since = self._failed_at = clock.monotonic()
+        self.trouble: LedgerUnavailable | None = None
+        self.is_lost = False
+        if self._file and not create and not self._file.exists():
             raise self._missing()
-        self._engine = sqlalchemy.create_engine(self._url, connect_args={"timeout": 10.0, "check_same_thread": False})
+        self._engine = sqlalchemy.create_engine(self._url, creator=self._connect if self._file else None)
         sqlalchemy.event.listen(self._engine, "connect", _configure)
         sqlalchemy.event.listen(self._engine, "begin", _begin)
-        self._bring_up_to_date(create)
-        self._inode = os.stat(self._file).st_ino if self._file else None
-        with self.read() as connection:
-            statement = select(schema.about.c.value).where(schema.about.c.name == "ledger")
-            self.id: str = connection.execute(statement).scalar_one()
+        try:
+            self._open()
+        except LedgerUnavailable:
+            if not self.is_lost:
+                raise
+            self.is_lost = False
+            self._engine.dispose()
+            self._open()  # what was damaged is out of the way
 
     def close(self) -> None:
+        for connection in self._kept:
+            connection.close()
+        self._kept = []
         self._engine.dispose()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
         """Yield a transaction that is durable when the block ends; its log lines come then, in the order of commits."""
-        with self._writing, _translated():
-            self._demand_same_file()
-            with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
-                change = Transaction(connection, self._clock.now())
-                yield change
+        with self._writing:
+            try:
+                with self._translated():
+                    self._see_to_file()
+                    with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
+                        self._demand_same_file()  # only now can no other daemon be putting it back
+                        change = Transaction(connection, self._clock.now())
+                        yield change
+            except LedgerUnavailable as fault:
+                self._tell_trouble(fault)
+                raise
+            self._tell_trouble(None)
             for event, keys in change.lines:
                 getattr(log, _LEVELS.get(event, "info"))(event, **keys)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """Yield a connection with one consistent view."""
-        with _translated(), self._engine.connect() as connection, connection.begin():
+        with self._translated(), self._engine.connect() as connection, connection.begin():
             yield connection
 
-    def _demand_same_file(self) -> None:
-        """A database file that was unlinked or replaced swallows writes without a word (FACTS 28)."""
-        if self._file is None:
+    def demand_certain(self) -> None:
+        """Raise LedgerUnavailable if the ledger did not take the newest change, or is not the one that was opened."""
+        if self.trouble is not None:
+            raise self.trouble
+        self._demand_same_file()
+
+    def keep_reserve(self) -> None:
+        """See to it that there is room to go on for a while when the disk is full."""
+        if self._file is not None:
+            with self._writing, self._translated():
+                keep_reserve(self._kept[0])
+
+    # What is wrong
+
+    def _tell_trouble(self, fault: LedgerUnavailable | None) -> None:
+        """Say once that the ledger does not take changes, and once that it does again, for some time: when it is full,
+        small ones still find room between others that do not.
+        """
+        now = self._clock.monotonic()
+        if fault is not None:
+            self._failed_at = now
+        if (self.trouble is None) == (fault is None) or (fault is None and now - self._failed_at < _STEADY_S):
             return
+        self.trouble = fault
+        if fault is not None:
+            self._since = now
+        if fault is not None and self._creates:
+            log.error("ledger.unavailable", detail=str(fault), hint=fault.hint)
+        elif self._creates:
+            log.info("ledger.available", elapsed_s=round(now - self._since, 3))
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
         try:
-            same = os.stat(self._file).st_ino == self._inode
-        except OSError:
-            same = False
-        if not same:
-            raise LedgerUnavailable(
-                f"write ledger {self._file}: the file was removed or replaced under the daemon",
-                hint="put the old file back, or restart the daemon to use the one that is there",
-            )
+            yield
+        except sqlalchemy.exc.IntegrityError:
+            raise
+        except sqlalchemy.exc.DBAPIError as error:
+            raise self._fault_of(error.orig) from error
+        except (sqlite3.Error, OSError) as error:
+            raise self._fault_of(error) from error
+
+    def _fault_of(self, error: BaseException | None) -> LedgerUnavailable:
+        what = f"use ledger {self._file.path if self._file else self._shown}: {error}"
+        if not is_damage(error) or self._file is None:
+            return LedgerUnavailable(what, hint=_hint_for(str(error)))
+        if not self._creates:
+            return LedgerUnavailable(what, hint="the daemon keeps what is damaged, and makes the ledger anew by itself")
+        aside = None if self.is_lost else self._file.set_aside("damaged")
+        self.is_lost = True
+        if aside is not None:
+            log.error(
+                "ledger.damaged", path=str(aside), detail=str(error),
+                hint="it is made anew from the spools and the buckets; look at the disk: dmesg",
+            )  # fmt: skip
+        return LedgerUnavailable(what, hint="it is made anew from the spools and the buckets")
+
+    # The file
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file that is there: without `mode=rw`, SQLite would make an empty one where it was removed."""
+        assert self._file is not None, "only a file is opened"
+        return sqlite3.connect(f"file:{quote(str(self._file.path))}?mode=rw", uri=True, timeout=10.0, check_same_thread=False)
+
+    def _open(self) -> None:
+        lost_id = self._file.known_id if self._file else None
+        if self._file and self._creates and not self._file.exists():
+            with self._translated(), contextlib.closing(sqlite3.connect(self._file.path)) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+        self._bring_up_to_date(self._creates, lost_id)
+        with self.read() as connection:
+            statement = select(schema.about.c.value).where(schema.about.c.name == "ledger")
+            self.id: str = connection.execute(statement).scalar_one()
+        if self._file and self._creates:
+            with self._translated():
+                self._file.note_id(self.id)
+                self._keep_open()
+
+    def _keep_open(self) -> None:
+        """Have the file open for as long as we live, whatever the pool does: then it can be put back where it is removed.
+
+        One connection to read from, another to hold off other daemons meanwhile.
+        """
+        assert self._file is not None, "only a file is kept open"
+        for connection in self._kept:
+            connection.close()
+        self._kept = [self._connect(), self._connect()]
+        for connection in self._kept:
+            _configure(connection, None)
+            connection.execute("SELECT count(*) FROM about").fetchall()
+        self._file.opened()
+
+    def _see_to_file(self) -> None:
+        """Put the ledger's file back if it was removed or replaced; take the one that is there if another daemon did so."""
+        if self._file is None or not self._kept or self._file.is_same():
+            return
+        if self.is_lost:
+            self._demand_same_file()
+        reader, lock = self._kept
+        lock.execute("BEGIN IMMEDIATE")
+        try:
+            if self._file.is_as_new_as(reader, self.id):
+                event: tuple[str, dict[str, str]] = "ledger.reopened", {"detail": "another daemon put it back"}
+            else:
+                found = self._file.put_back(reader)
+                detail = "the file was removed or replaced under the daemon, which still had it open"
+                event = "ledger.restored", {"detail": detail, "path": str(self._file.path)}
+                if found is not None:
+                    event[1]["hint"] = f"what lay there is {found} now; to use another ledger, stop the daemon first"
+        finally:
+            lock.execute("ROLLBACK")
+        self._engine.dispose()
+        self._keep_open()
+        log.error(event[0], **event[1])
+
+    def _demand_same_file(self) -> None:
+        if self._file is not None and self._kept and not self._file.is_same():
+            what = "it was damaged" if self.is_lost else "the file was removed or replaced under the daemon"
+            raise LedgerUnavailable(f"use ledger {self._file.path}: {what}", hint="it is mended by itself")
 
     def _missing(self) -> LedgerUnavailable:
         hint = "it is made by the first `spoold run` with this configuration"
-        return LedgerUnavailable(f"open ledger {self._file or self._shown}: there is none yet", hint=hint)
+        return LedgerUnavailable(f"open ledger {self._file.path if self._file else self._shown}: there is none yet", hint=hint)
 
-    def _bring_up_to_date(self, create: bool) -> None:
-        with _translated():
+    def _bring_up_to_date(self, create: bool, lost_id: str | None) -> None:
+        with self._translated():
             with self._engine.connect() as connection:
                 known = sqlalchemy.inspect(connection).has_table("alembic_version")
                 revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if known else None
@@ -145,9 +276,9 @@ class Database:
                     f"open ledger {self._shown}: its schema is {revision}, this spoold needs {schema.REVISION}",
                     hint="start the daemon of this version once: it migrates the ledger",
                 )
-            self._migrate(revision)
+            self._migrate(revision, lost_id)
 
-    def _migrate(self, revision: str | None) -> None:
+    def _migrate(self, revision: str | None, lost_id: str | None) -> None:
         # Alembic's import costs 150 ms: only where there is something to do.
         import alembic.command
         import alembic.config
@@ -169,7 +300,14 @@ class Database:
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
             if not connection.execute(select(schema.about.c.value)).first():
-                connection.execute(insert(schema.about), {"name": "ledger", "value": str(uuid.uuid4())})
+                connection.execute(insert(schema.about), {"name": "ledger", "value": lost_id or str(uuid.uuid4())})
+                if lost_id is not None:
+                    connection.execute(insert(schema.about), {"name": REBUILT_AT, "value": repr(self._clock.now())})
+        if lost_id is not None:
+            log.error(
+                "ledger.lost", ledger=self._shown, detail="it is made anew from the spools and the buckets",
+                hint="attempts, history and replaced keys are forgotten; if you have it, stop the daemon and put it back",
+            )  # fmt: skip
         log.info("ledger.migrated", ledger=self._shown, before=revision, after=schema.REVISION)
 
 
@@ -184,14 +322,9 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN")
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlalchemy.exc.IntegrityError:
-        raise
-    except sqlalchemy.exc.DBAPIError as error:
-        raise LedgerUnavailable(
-            f"use ledger: {error.orig}",
-            hint="look at the disk and the permissions of state_dir; nothing is let go meanwhile",
-        ) from error
+def _hint_for(error: str) -> str:
+    if "full" in error or "No space" in error:
+        return "make room on its disk: it goes on by itself; nothing is let go meanwhile"
+    if "locked" in error:
+        return "another program holds it; it is tried again"
+    return "look at the disk and the permissions of state_dir; nothing is let go meanwhile"

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import and_, case, exists, func, or_, select, text, update
 
-from spoold.ledger.clearing import Clearing
+from spoold.ledger.rebuilding import Rebuilding
 from spoold.ledger.schema import batch, batch_file, claim, history, object_, record, replaced, sighting
 from spoold.model import State
 
@@ -19,7 +19,7 @@ TROUBLE = ("dead", "stalled", "retrying")
 """Those of the states in which something is wrong, the worst first."""
 
 
-class Looking(Clearing):
+class Looking(Rebuilding):
     """The verbs of `status`, `why`, `wait` and `retry`."""
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -27,6 +27,9 @@ REVISION = "0001"
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
+FOUND = 0
+"""The batch_id of objects that no batch of this ledger uploaded: they were found in the bucket when it was rebuilt."""
+
 about = Table(
     "about",
     metadata,

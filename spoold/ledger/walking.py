@@ -9,13 +9,15 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, and_, delete, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, update
 
 from spoold.clock import iso
 from spoold.errors import KeyTaken, SpooldError
 from spoold.ledger.claiming import Claiming, batch_file_of
-from spoold.ledger.database import Transaction
+from spoold.ledger.database import REBUILT_AT, Transaction
 from spoold.ledger.schema import (
+    FOUND,
+    about,
     batch,
     batch_file,
     history,
@@ -39,6 +41,7 @@ from spoold.model import (
 )
 
 _AGAIN_S = 1.0
+_REBUILT_WITHIN_S = 3600.0  # what lay aside when the ledger was lost is given back soon after, with a new ctime
 _VETOES = 100  # remembered of a record; what is forgotten is decoded once more
 _NOTHING_WRONG: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "error_code": None, "error": None, "hint": None}
 
@@ -52,12 +55,15 @@ class Walking(Claiming):
         """Write down key and digest of every PUT before it starts, and whose each key is from now on.
 
         A content that the key's newest PUT has proven to hold, with no PUT of other content in doubt, is adopted instead.
+        Of a file that is older than a ledger made anew, the ledger that was lost may know more: its key is looked at before
+        it is put, and what may be under way to it counts as a doubt.
         Raises KeyTaken if a key belongs to another record, and ClaimLost.
         """
         intended = []
         with self.write() as change:
             self._demand(change, mine)
             is_new = False
+            rebuilt_at = self._rebuilt_at(change.connection)
             for put in puts:
                 self._take_key(change, mine, put)
                 past = change.execute(
@@ -73,6 +79,12 @@ class Walking(Claiming):
                         "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "kind": "put", "bucket": put.bucket,
                         "key": put.key, "digest": put.digests.sha256, "started_at": change.now,
                     }  # fmt: skip
+                    if put.file.file.identity.ctime_ns / 1e9 < rebuilt_at + _REBUILT_WITHIN_S:
+                        if not past:
+                            doubt = {**row, "digest": None, "answer": Answer.DOUBT, "doubt_at": rebuilt_at}
+                            change.execute(insert(intent), doubt)
+                        was_sent = any(row.answer != Answer.REFUSED and row.digest is not None for row in past)
+                        put = dataclasses.replace(put, is_sought=not was_sent)
                     identifier = change.execute(insert(intent).returning(intent.c.id), row).scalar_one()
                     intended.append(dataclasses.replace(put, intent=identifier))
                 change.execute(
@@ -82,6 +94,11 @@ class Walking(Claiming):
                 )
             self._set_version(change, mine, is_new)
         return intended
+
+    def _rebuilt_at(self, connection: Connection) -> float:
+        """Return when this ledger was begun in the place of one that was lost, seconds since the epoch; -inf if it was not."""
+        rebuilt_at = connection.execute(select(about.c.value).where(about.c.name == REBUILT_AT)).scalar()
+        return float("-inf") if rebuilt_at is None else float(rebuilt_at)
 
     def _with_abandoned(self, change: Transaction, put: Put, past: Sequence[Row[Any]]) -> Put:
         """Hand over the multipart uploads that walks before this one left open; nobody is told of them twice."""
@@ -160,7 +177,7 @@ class Walking(Claiming):
         """
         with self.write() as change:
             self._demand(change, mine)
-            originals = [result.put for result in results if result.put.file.file.style == ORIGINAL]
+            originals = [r.put for r in results if r.put.file.file.style == ORIGINAL and not r.was_there]
             has_new_original = any(self._live_digest(change, put) != put.digests.sha256 for put in originals)
             for result in results:
                 assert result.stored is not None, "only proven objects are live"
@@ -212,11 +229,14 @@ class Walking(Claiming):
         )  # fmt: skip
 
     def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
-        """A newer original took its place: the record's other keys go, also those that an abandoned version may have left."""
+        """A newer original took its place: the record's other keys go, also those that an abandoned version may have left.
+
+        What was only found in the bucket leaves the manifest, but stays: nobody knows who uploaded it.
+        """
         mine_keys = select(batch_file.c.key).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None))
-        live = select(object_.c.bucket, object_.c.key).where(
-            object_.c.record_key == mine.batch.record_key, object_.c.key.not_in(mine_keys)
-        )
+        others = and_(object_.c.record_key == mine.batch.record_key, object_.c.key.not_in(mine_keys))
+        change.execute(delete(object_).where(others, object_.c.batch_id == FOUND))
+        live = select(object_.c.bucket, object_.c.key).where(others)
         written = select(intent.c.bucket, intent.c.key).where(
             intent.c.record_key == mine.batch.record_key,
             intent.c.kind == "put",

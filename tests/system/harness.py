@@ -164,8 +164,8 @@ class Site:
         try:
             connection.row_factory = sqlite3.Row
             return [dict(row) for row in connection.execute(statement, parameters)]
-        except sqlite3.OperationalError:
-            return []  # it is just being made
+        except sqlite3.DatabaseError:
+            return []  # it is just being made, or a test has damaged it
         finally:
             connection.close()
 
