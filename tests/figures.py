@@ -1,21 +1,69 @@
-"""Figures that the tests measure. `record` prints them; where SPOOLD_FIGURES names a file, they are appended to it too.
+"""Figures that the tests measure, and the tables that docs/reliability.md makes of them: no number in there is typed in.
 
-record("race", tool="spoold", writer="rename", filesystem="ext4", rewrites=20_000, lost=0)
+    record("race", tool="spoold", writer="rename", filesystem="ext4", rewrites=20_000, lost=0)
+
+`record` prints a line; where SPOOLD_FIGURES names a file, it is appended to that too. So the document's figures are made by
+
+    SPOOLD_FIGURES=$PWD/docs/figures.jsonl make soak bench
+    python -m tests.figures
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 FILE = "SPOOLD_FIGURES"
+DOCS = Path(__file__).parent.parent / "docs"
+
+Line = dict[str, str | int | float]
 
 
 def record(what: str, **figures: str | int | float) -> None:
-    """Keep one line of figures. what: the kind of run, in the singular; the keys of one kind are always the same."""
+    """Keep one line of figures. what: the kind of run, in the singular; the keys of one kind are always the same.
+
+    What is text tells which run it is, and what is a number what came of it: a later line of the same run replaces it.
+    """
     line = json.dumps({"what": what, **figures})
     print(f"\n{line}")
     if path := os.environ.get(FILE):
         with Path(path).open("a") as file:
             file.write(line + "\n")
+
+
+def newest(text: str) -> list[Line]:
+    """Return the newest line of each run, in the order in which the runs first came."""
+    lines: dict[tuple[object, ...], Line] = {}
+    for line in map(json.loads, text.splitlines()):
+        lines[tuple((name, value) for name, value in line.items() if isinstance(value, str))] = line
+    return list(lines.values())
+
+
+def table(lines: list[Line], what: str) -> str:
+    """Return the lines of one kind as a table in Markdown."""
+    rows = [{name: value for name, value in line.items() if name != "what"} for line in lines if line["what"] == what]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    texts = [name for name in names if any(isinstance(row.get(name), str) for row in rows)]
+    head = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |"]
+    head += [f"| {' | '.join('---' if name in texts else '---:' for name in names)} |"]
+    return "\n".join(head + [f"| {' | '.join(_shown(row.get(name, '')) for name in names)} |" for row in rows])
+
+
+def filled(document: str, lines: list[Line]) -> str:
+    """Return the document with each `<!-- figures: KIND -->` followed by its table."""
+
+    def with_table(match: re.Match[str]) -> str:
+        return f"<!-- figures: {match[1]} -->\n\n{table(lines, match[1])}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: ([a-z-]+) -->.*?<!-- end -->", with_table, document, flags=re.DOTALL)
+
+
+def _shown(value: str | int | float) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
+
+
+if __name__ == "__main__":
+    document = DOCS / "reliability.md"
+    document.write_text(filled(document.read_text(), newest((DOCS / "figures.jsonl").read_text())))
