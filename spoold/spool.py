@@ -127,6 +127,14 @@ class Spool:
             return None
         return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
+    def inode_of_directory(self, path: str) -> int | None:
+        """Return the inode of the directory `path` below the root; None if it is not there, or may not be read."""
+        try:
+            with self.directory(path) as fd:
+                return os.fstat(fd).st_ino
+        except (Vanished, BadPath):
+            return None
+
     def make_durable(self, directories: set[str]) -> None:
         """fsync the directories and everything above them up to the root, each once (FACTS 16)."""
         for path in {"/".join(parts[:n]) for parts in (d.split("/") for d in directories) for n in range(len(parts) + 1)}:
@@ -190,12 +198,13 @@ class Spool:
                 if stat.S_ISREG(status.st_mode):
                     yield where, Identity.of(status)
 
-    def records(self, below: str = "") -> Iterator[str | Oddity]:
+    def records(self, below: str = "", *, met: Callable[[str, int], None] | None = None) -> Iterator[str | Oddity]:
         """Yield every record directory that holds a file, as a stream, and whatever else is odd; links are not followed.
 
-        A record may be yielded more than once. Raises SpoolBroken as `look` does.
+        A record may be yielded more than once. met: called with path and inode of each directory that is walked.
+        Raises SpoolBroken as `look` does.
         """
-        yield from self._walked(below, self._records)
+        yield from self._walked(below, lambda fd, path: self._records(fd, path, met))
 
     def _walked(self, path: str, walk: Callable[[int, str], Iterator[T | Oddity]]) -> Iterator[T | Oddity]:
         """Yield what `walk` finds in a directory: nothing if it is not there, an Oddity if it may not be read."""
@@ -208,7 +217,9 @@ class Spool:
         except BadPath:
             yield Oddity(path, _UNREADABLE)
 
-    def _records(self, fd: int, path: str) -> Iterator[str | Oddity]:
+    def _records(self, fd: int, path: str, met: Callable[[str, int], None] | None) -> Iterator[str | Oddity]:
+        if met is not None:
+            met(path, os.fstat(fd).st_ino)
         last: list[str] = []
         for entry, where in self._entries(fd, path):
             if isinstance(entry, Oddity):
@@ -221,7 +232,7 @@ class Spool:
                     continue
                 try:
                     with self._inner(fd, entry.name, where) as inner:
-                        yield from self._records(inner, where)
+                        yield from self._records(inner, where, met)
                 except BadPath:
                     yield Oddity(where, _UNREADABLE)
                 except Vanished as why:

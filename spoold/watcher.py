@@ -1,94 +1,42 @@
-"""Notice change in one spool, wait for quiet, have the record looked at; and watch the watcher.
+"""Notice change in one spool, wait for quiet, have the record looked at.
 
 Events are hints that make a record dirty; a look at the disk decides; a sweep looks at everything: at the start, every
-`sweep_every`, after an overflow, when the canary's event does not come back, when the root was replaced (FACTS 11 to 14).
+`sweep_every`, when the root was replaced, and after each doubt whether events were lost (`observing`). While the kernel cannot
+watch every directory sweeps come more often, so that what is new there need not wait for long.
 """
 
 from __future__ import annotations
 
 import heapq
-import logging
-import os
 import queue
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
-from watchdog.events import (
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver
 
 from spoold.clock import Clock
 from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError
 from spoold.ledger import Ledger
 from spoold.looker import Looker, Next
-from spoold.model import HOUSE, Oddity
-from spoold.spool import CANARY, Spool
+from spoold.model import Oddity
+from spoold.observing import Observing, watches_needed
+from spoold.spool import Spool
 
 log = structlog.get_logger()
-warnings.filterwarnings("ignore", module=r"watchdog\..*")  # one of them can be 5.8 MB (FACTS 14)
 
-_EVENTS: list[type[FileSystemEvent]] = [
-    FileClosedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent, DirCreatedEvent, DirMovedEvent, DirDeletedEvent,
-]  # fmt: skip
 _DEBOUNCE_S = 0.05  # a save's files come within milliseconds: one look sees them all
 _DEBOUNCE_AT_MOST_S = 0.5
+_HINTS_A_TURN = 10_000
 _LOOKS_A_TURN = 100
 _SWEPT_A_TURN = 200
 _PENDING_AT_MOST = 5_000  # a sweep waits while this many records wait for their look
 _LOOK_AGAIN_S = 60.0
 _HEALTH_EVERY_S = 1.0
-_SING_EVERY_S = 30.0
-_CANARY_SILENT_S = 10.0
-
-
-@dataclass(slots=True, eq=False)  # watchdog keeps handlers in a set
-class _Hints(FileSystemEventHandler):
-    """What watchdog's thread calls: it only enqueues, since a handler that raises kills the dispatcher."""
-
-    inbox: queue.SimpleQueue[tuple[str, bool]]
-
-    def dispatch(self, event: FileSystemEvent) -> None:
-        for path in (event.src_path, event.dest_path):
-            if path:
-                self.inbox.put((os.fsdecode(path), event.is_directory))
-
-
-class _OverflowEar(logging.Handler):
-    """Hears watchdog say that the kernel dropped events: nothing else tells (FACTS 11)."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._heard = threading.Event()
-        self._source = logging.getLogger("watchdog.observers.inotify_c")
-        self._source.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "overflow" in record.msg:
-            self._heard.set()
-
-    def heard(self) -> bool:
-        """Say whether events were dropped since the last call."""
-        was_set = self._heard.is_set()
-        self._heard.clear()
-        return was_set
-
-    def close(self) -> None:
-        self._source.removeHandler(self)
-        super().close()
+_BLIND_SWEEP_EVERY_S = 30.0  # while not all directories are watched, or ten times as long as a sweep takes
+_AT_MOST_A_TENTH = 10
+_SUSPECTS_AT_MOST = 1_000
 
 
 class Watcher:
@@ -114,22 +62,22 @@ class Watcher:
         self._on_mended = on_mended
         self._on_ready = on_ready
         self._observes = observes
-        self._inbox: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
+        self._observing = Observing(spool=spool, clock=clock)
         self._touched: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._due: dict[str, float] = {}  # record → when to look, monotonic seconds
         self._first_touch: dict[str, float] = {}
         self._settling: set[str] = set()
         self._order: list[tuple[float, str]] = []
         self._sweeps: deque[_Sweep] = deque()
-        self._observer: BaseObserver | None = None
-        self._ear = _OverflowEar()
+        self._counted: _Sweep | None = None  # the newest whole sweep, until its suspects are judged
+        self._sweep_cost_s = 0.0
+        self._is_blind = False  # in part or wholly: not every directory is watched
+        self._was_listening = False
         self._root: tuple[int, int] | None = None
         self._is_broken = False
         self._is_ready = False
         self._swept_at: float | None = None
         self._health_at = 0.0
-        self._sang_at: float | None = None
-        self._is_canary_heard = True
 
     # From outside
 
@@ -144,7 +92,7 @@ class Watcher:
             not self._sweeps
             and self._swept_at is not None
             and self._touched.empty()
-            and self._inbox.empty()
+            and self._observing.is_quiet
             and not self._settling
             and not any(due <= self._clock.monotonic() for due in self._due.values())
         )
@@ -160,8 +108,7 @@ class Watcher:
             self.close()
 
     def close(self) -> None:
-        self._stop_observing()
-        self._ear.close()
+        self._observing.close()
 
     def step(self) -> float:
         """Do one turn and return for how many seconds there is nothing to do, 0.05 at most."""
@@ -188,22 +135,12 @@ class Watcher:
         now = self._clock.monotonic()
         while not self._touched.empty():
             self._schedule(self._touched.get(), now, settling=True)
-        root = os.fspath(self._spool.root)
-        for _ in range(10_000):
-            if self._inbox.empty():
-                return
-            absolute, is_directory = self._inbox.get()
-            path = os.path.relpath(absolute, root)
-            if path.split("/", 1)[0] == HOUSE:
-                self._is_canary_heard = self._is_canary_heard or path == f"{HOUSE}/{CANARY}"
-                continue
-            if path == "." or path.startswith(".."):
-                continue
+        for path, is_directory in self._observing.hints(at_most=_HINTS_A_TURN):
             records = self._spool.layout.records_touched_by(path, is_directory=is_directory)
             for record in records:
                 self._touch_soon(record, now)
             if is_directory and not records:
-                self._sweeps.append(_Sweep(self._spool.records(path), now, is_whole=False))
+                self._sweeps.append(_Sweep(now, is_whole=False, below=path))
 
     def _touch_soon(self, record: str, now: float) -> None:
         first = self._first_touch.setdefault(record, now)
@@ -248,11 +185,17 @@ class Watcher:
 
     def _sweep_on(self) -> None:
         now = self._clock.monotonic()
-        if self._swept_at is None or now - self._swept_at >= self._sweep_every_s:
-            self.sweep("start" if self._swept_at is None else "time")
+        if self._swept_at is None:
+            self.sweep("start")
+        elif now - self._swept_at >= self._interval_s:
+            if self._is_blind and not self._sweeps:
+                self._observe()  # perhaps there are enough watches now
+            self.sweep("time")
         if not self._sweeps or len(self._settling) >= _PENDING_AT_MOST:
             return
         current = self._sweeps[0]
+        if current.found is None:
+            current.found = self._begin_sweep(current)
         for _ in range(_SWEPT_A_TURN):
             found = next(current.found, None)
             if found is None:
@@ -268,6 +211,13 @@ class Watcher:
             self._is_ready = True
             self._on_ready()
 
+    @property
+    def _interval_s(self) -> float:
+        """How long after the last sweep began the next one is due."""
+        if not self._is_blind:
+            return self._sweep_every_s
+        return min(self._sweep_every_s, max(_BLIND_SWEEP_EVERY_S, _AT_MOST_A_TENTH * self._sweep_cost_s))
+
     def sweep(self, reason: str) -> None:
         """Begin to look at everything there is."""
         self._swept_at = self._clock.monotonic()
@@ -275,7 +225,13 @@ class Watcher:
         if under_way > 1 or (under_way == 1 and reason == "time"):
             return  # one that has not begun yet sees whatever that under way may have missed
         log.debug("sweep.started", spool=self._spool.name, detail=reason)
-        self._sweeps.append(_Sweep(self._spool.records(), self._swept_at, is_whole=True))
+        self._sweeps.append(_Sweep(self._swept_at, is_whole=True))
+
+    def _begin_sweep(self, sweep: _Sweep) -> Iterator[str | Oddity]:
+        sweep.began = self._clock.monotonic()
+        if sweep.is_whole and self._observing.is_listening:
+            sweep.watched = self._observing.watched()
+        return self._spool.records(sweep.below, met=sweep.meet)
 
     def _end_sweep(self, sweep: _Sweep) -> None:
         if not sweep.is_whole:
@@ -285,7 +241,13 @@ class Watcher:
         for record in self._ledger.unfinished(self._spool.name):
             if record not in self._settling:
                 self._schedule(record, now, settling=True)
-        log.info("sweep.finished", spool=self._spool.name, records=sweep.records, elapsed_s=round(now - sweep.began, 3))
+        self._sweep_cost_s = now - sweep.began
+        log.info("sweep.finished", spool=self._spool.name, records=sweep.records, elapsed_s=round(self._sweep_cost_s, 3))
+        if sweep.watched is not None:
+            self._counted = sweep
+            self._observing.sing()
+        elif self._observing.is_listening:
+            self._see_all()  # as far as anybody can tell
 
     # Health
 
@@ -299,14 +261,20 @@ class Watcher:
             self._begin(root)
         elif not self._spool.is_at_home:
             self._move_in()  # somebody tidied it away
-        if self._ear.heard():
+        if self._observing.overflowed():
             log.warning("watch.overflowed", spool=self._spool.name, detail="the kernel dropped events; everything is swept")
+            self._observe()
             self.sweep("overflow")
         for record in self._ledger.wanted_as_is(self._spool.name):
             if record not in self._settling:
                 self._schedule(record, now, settling=True)
-        if self._observes:
-            self._check_canary(now)
+        if doubt := self._observing.doubt():
+            log.warning("watch.restarted", spool=self._spool.name, detail=doubt)
+            self._observe()
+            self.sweep("doubt")
+        elif self._counted is not None and self._observing.is_canary_heard:
+            sweep, self._counted = self._counted, None
+            self._judge(sweep)
 
     def _begin(self, root: tuple[int, int]) -> None:
         """Start to watch a root that is new to us, or back."""
@@ -324,35 +292,38 @@ class Watcher:
         if self._swept_at is not None:
             self.sweep("root")
 
-    def _check_canary(self, now: float) -> None:
-        observer = self._observer
-        if observer is None:
-            if self._sang_at is None or now - self._sang_at > _SING_EVERY_S:
-                self._observe()
-                self.sweep("inotify")
+    def _judge(self, sweep: _Sweep) -> None:
+        """Say whether all that a sweep met is watched: directories made since it began are, for the canary was heard."""
+        watched = self._observing.watched()
+        if watched is None:
             return
-        alive = observer.is_alive() and all(emitter.is_alive() for emitter in observer.emitters)
-        silent = self._sang_at is not None and not self._is_canary_heard and now - self._sang_at > _CANARY_SILENT_S
-        if not alive or silent:
-            reason = "watchdog's threads are dead" if not alive else "the canary's event did not come back"
-            log.warning("watch.restarted", spool=self._spool.name, detail=reason)
-            self._observe()
-            self.sweep("canary")
-        elif self._sang_at is None or now - self._sang_at > _SING_EVERY_S:
-            self._sing(now)
+        unwatched = [
+            path for path, inode in sweep.suspects.items()
+            if inode not in watched and self._spool.inode_of_directory(path) == inode
+        ]  # fmt: skip
+        if not unwatched:
+            self._see_all()
+        elif not self._is_blind:
+            self._is_blind = True
+            count = sweep.suspected * len(unwatched) // len(sweep.suspects)
+            limit, enough = watches_needed(sweep.directories, count)
+            log.warning(
+                "watch.limited", spool=self._spool.name, path=unwatched[0],
+                detail=f"{count} of {sweep.directories} directories are not watched: the kernel grants no more inotify watches",
+                hint=f"sysctl -w {limit}={enough}; until then sweeps find what is new there, every {self._interval_s:.0f} s",
+            )  # fmt: skip
 
-    def _sing(self, now: float) -> None:
-        self._is_canary_heard = False
-        self._sang_at = now
-        try:
-            self._spool.sing()
-        except OSError:
-            self._is_canary_heard = False  # the root is on its way out; the next look at it tells
+    def _see_all(self) -> None:
+        if self._is_blind:
+            self._is_blind = False
+            log.info("watch.restarted", spool=self._spool.name, detail="every directory is watched again")
 
     def _observe(self) -> None:
-        self._stop_observing()
+        """Listen with a new observer, if any can be had."""
+        self._observing.end()
+        self._counted = None
         if self._observes and (kind := self._spool.network_filesystem()):
-            self._observes = False
+            self._observes = self._is_blind = False
             log.warning(
                 "watch.unavailable", spool=self._spool.name, detail=f"{kind} tells nothing of what other machines write",
                 hint="new files are found by sweeps only: lower sweep_every of this spool",
@@ -360,37 +331,48 @@ class Watcher:
         if not self._observes:
             return
         try:
-            observer = Observer()
-            observer.schedule(_Hints(self._inbox), os.fspath(self._spool.root), recursive=True, event_filter=_EVENTS)
-            observer.start()
+            self._observing.begin()
         except OSError as error:
+            if self._is_blind and not self._was_listening:
+                return
+            self._is_blind, self._was_listening = True, False
             log.warning(
                 "watch.unavailable", spool=self._spool.name, detail=f"inotify: {error.strerror or error}",
-                hint="raise fs.inotify.max_user_watches and max_user_instances; until then sweeps find new files",
+                hint="raise fs.inotify.max_user_watches and fs.inotify.max_user_instances (sysctl -w); until then sweeps find "
+                f"new files, every {self._interval_s:.0f} s",
             )  # fmt: skip
-            self._sang_at, self._is_canary_heard = self._clock.monotonic(), True
             return
-        self._observer = observer
-        self._sang_at = None
-
-    def _stop_observing(self) -> None:
-        if self._observer is None:
-            return
-        observer, self._observer = self._observer, None
-        observer.stop()
-        observer.join(5)
+        self._was_listening = True
 
     def _break(self, fault: SpoolBroken) -> None:
         self._sweeps.clear()
         if not self._is_broken:
-            self._stop_observing()
+            self._observing.end()
             self._on_broken(fault)  # where the ledger is gone too, this is told once it answers
             self._is_broken = True
 
 
 @dataclass(slots=True)
 class _Sweep:
-    found: Iterator[str | Oddity]
+    """One pass over a directory and all below it.
+
+    watched: inodes of what was watched when it began; None if that is not known, or the pass is not whole.
+    suspects: path → inode of the first directories met that were not; suspected: how many there were.
+    """
+
     began: float
     is_whole: bool
+    below: str = ""
+    found: Iterator[str | Oddity] | None = None
     records: int = 0
+    directories: int = 0
+    watched: frozenset[int] | None = None
+    suspects: dict[str, int] = field(default_factory=dict)
+    suspected: int = 0
+
+    def meet(self, path: str, inode: int) -> None:
+        self.directories += 1
+        if self.watched is not None and inode not in self.watched:
+            self.suspected += 1
+            if len(self.suspects) < _SUSPECTS_AT_MOST:
+                self.suspects[path] = inode

@@ -17,12 +17,12 @@ PAIRS = {
     ("clock", "model"), ("layout", "errors"), ("layout", "model"), ("layout", "template"), ("template", "errors"),
     ("template", "model"), ("completeness", "model"), ("digest", "model"), ("content_type", "container"),
     ("yaml_places", "errors"), ("cli", "demo"), ("store", "store_faults"),
-    ("watcher", "looker"), ("cleanup", "aside"), ("explain", "looker"),
+    ("watcher", "looker"), ("watcher", "observing"), ("cleanup", "aside"), ("explain", "looker"),
     ("config", "config_values"), ("config", "config_rules"), ("config", "config_words"),
     ("config_rules", "config_values"), ("config_words", "config_values"), ("config_words", "config_rules"),
 }  # fmt: skip
 HOMES = {
-    "watchdog": {"watcher"},
+    "watchdog": {"observing"},
     "boto3": {"store"},
     "botocore": {"store", "store_faults"},
     "urllib3": {"store", "store_faults"},

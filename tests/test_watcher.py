@@ -83,7 +83,7 @@ class Watch:
 
     def swept(self) -> None:
         """Have the first sweep done, and the canary heard."""
-        self.until(lambda: self.watcher.is_idle and self.watcher._is_canary_heard, "the first sweep has ended")
+        self.until(lambda: self.watcher.is_idle and self.watcher._observing.is_canary_heard, "the first sweep has ended")
 
     def until_state(self, *states: str, record: str = RECORD) -> None:
         self.until(lambda: self.bench.state(record) in states, f"{record} is {' or '.join(states)}")
@@ -414,7 +414,7 @@ def test_a_canary_that_is_heard_is_no_reason_to_worry(moved_watch: Watch) -> Non
         for _ in range(3):
             moved_watch.bench.clock.advance(31)
             moved_watch.turn()
-            moved_watch.until(lambda: moved_watch.watcher._is_canary_heard, "the canary was heard")
+            moved_watch.until(lambda: moved_watch.watcher._observing.is_canary_heard, "the canary was heard")
             moved_watch.bench.clock.advance(11)
             moved_watch.turn()
 
@@ -423,7 +423,7 @@ def test_a_canary_that_is_heard_is_no_reason_to_worry(moved_watch: Watch) -> Non
 
 def test_a_canary_that_falls_silent_makes_it_watch_anew_and_sweep(moved_watch: Watch) -> None:
     """Its threads live, and nothing comes: nobody but the canary can tell (FACTS 13)."""
-    observer = moved_watch.watcher._observer
+    observer = moved_watch.watcher._observing._observer
     assert observer is not None
     observer.unschedule_all()
     save(moved_watch.bench)
@@ -435,12 +435,12 @@ def test_a_canary_that_falls_silent_makes_it_watch_anew_and_sweep(moved_watch: W
         moved_watch.turn(3)
 
     assert ["the canary's event did not come back"] == [line["detail"] for line in told(lines, "watch.restarted")]
-    assert observer is not moved_watch.watcher._observer
+    assert observer is not moved_watch.watcher._observing._observer
     assert "receiving" == moved_watch.bench.state()
 
 
 def test_threads_that_are_dead_make_it_watch_anew_and_sweep(watch: Watch) -> None:
-    observer = watch.watcher._observer
+    observer = watch.watcher._observing._observer
     assert observer is not None
     observer.stop()
     observer.join()
