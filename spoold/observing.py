@@ -166,7 +166,8 @@ class Observing:
         threads = [self._observer, *self._observer.emitters, *([reader] if reader else [])]
         if not all(thread.is_alive() for thread in threads):
             return "watchdog's threads are dead"
-        if self._sang_at is not None and not self.is_canary_heard and now - self._sang_at > _CANARY_SILENT_S:
+        is_silent = self._sang_at is not None and not self.is_canary_heard and now - self._sang_at > _CANARY_SILENT_S
+        if is_silent and self.is_quiet:  # else it may be among what waits to be read
             return "the canary's event did not come back"
         if self._sang_at is None or now - self._sang_at > _SING_EVERY_S:
             self.sing()

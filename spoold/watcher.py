@@ -30,6 +30,7 @@ _DEBOUNCE_S = 0.05  # a save's files come within milliseconds: one look sees the
 _DEBOUNCE_AT_MOST_S = 0.5
 _HINTS_A_TURN = 10_000
 _LOOKS_A_TURN = 100
+_LOOKING_AT_MOST_S = 0.5  # where the disk is slow, a look can take long; hints, health and sweeps must not wait for many
 _SWEPT_A_TURN = 200
 _PENDING_AT_MOST = 5_000  # a sweep waits while this many records wait for their look
 _LOOK_AGAIN_S = 60.0
@@ -159,7 +160,7 @@ class Watcher:
     def _look_at_due(self) -> None:
         now = self._clock.monotonic()
         for _ in range(_LOOKS_A_TURN):
-            if not self._order or self._order[0][0] > now:
+            if not self._order or self._order[0][0] > now or self._clock.monotonic() - now > _LOOKING_AT_MOST_S:
                 return
             due, record = heapq.heappop(self._order)
             if self._due.get(record) != due:
