@@ -106,3 +106,97 @@ def test_after_the_kernel_dropped_events_all_that_was_written_meanwhile_goes_up(
 
     assert "everything is swept" in overflowed["detail"]
     record("kernel-limit", case="overflow", files=len(written), directories=0, lost=lost(site, written))
+
+
+# Too few watches
+
+
+def limited(*, watches: int | None = None, instances: int | None = None) -> list[str]:
+    """Return a command that becomes the daemon, in a user namespace with limits of its own; the machine's stay."""
+    limits = {"max_inotify_watches": watches, "max_inotify_instances": instances}
+    lines = [f"echo {most} > /proc/sys/user/{limit}" for limit, most in limits.items() if most is not None]
+    within = ["unshare", "--user", "--map-root-user", "sh", "-c", "; ".join(["set -e", *lines, 'exec "$@"']), "sh"]
+    if subprocess.run([*within, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no user namespaces with limits of their own here")
+    return within
+
+
+def grant(daemon: Daemon, *, watches: int | None = None, instances: int | None = None) -> None:
+    """Raise the limits of a daemon that runs."""
+    limits = {"max_inotify_watches": watches, "max_inotify_instances": instances}
+    lines = [f"echo {most} > /proc/sys/user/{limit}" for limit, most in limits.items() if most is not None]
+    subprocess.run(["nsenter", f"--user=/proc/{daemon.process.pid}/ns/user", "--preserve-credentials", "sh", "-c",
+                    "; ".join(["set -e", *lines])], check=True)  # fmt: skip
+
+
+def test_directories_beyond_the_limit_of_watches_are_swept_and_said_until_there_are_enough(site: Site) -> None:
+    for number in range(40):
+        (site.root / f"avatars/{number}/original").mkdir(parents=True)
+    site.settings["spools"][0]["cleanup"]["keep_empty_dirs_for"] = "1h"  # nothing is freed by taking directories away
+    site.write_config()
+
+    with site.daemon(within=limited(watches=30), constants=SOON) as daemon:
+        limits = daemon.until_event("watch.limited")
+        written = save(site.root, range(40))
+        until_uploaded(site, 40)
+        swept = len(daemon.events("sweep.finished"))
+        daemon.until_event("sweep.finished", count=swept + 2)
+        told_once = len(daemon.events("watch.limited"))
+        grant(daemon, watches=1000)
+        restarted = daemon.until_event("watch.restarted")
+        swept = len(daemon.events("sweep.finished"))
+        written |= save(site.root, range(40, 50))
+        until_uploaded(site, 50)
+        until_let_go(site)
+        assert swept == len(daemon.events("sweep.finished")), "with watches enough, sweeps are not needed"
+
+    assert 1 == told_once
+    assert "of 82 directories are not watched" in limits["detail"]
+    assert "sysctl -w user.max_inotify_watches=" in limits["hint"] and "every 2 s" in limits["hint"]
+    assert "every directory is watched again" == restarted["detail"]
+    record("kernel-limit", case="watches", files=len(written), directories=82, lost=lost(site, written))
+
+
+@pytest.mark.parametrize("limits", [{"watches": 0}, {"instances": 0}], ids=lambda limits: next(iter(limits)))
+def test_where_nothing_can_be_watched_sweeps_find_it_all_until_something_can(site: Site, limits: dict[str, int]) -> None:
+    with site.daemon(within=limited(**limits), constants=SOON) as daemon:
+        unavailable = daemon.until_event("watch.unavailable")
+        written = save(site.root, range(20))
+        until_uploaded(site, 20)
+        swept = len(daemon.events("sweep.finished"))
+        daemon.until_event("sweep.finished", count=swept + 2)
+        told_once = len(daemon.events("watch.unavailable"))
+        grant(daemon, **dict.fromkeys(limits, 1000))
+        daemon.until_event("watch.restarted")
+        swept = len(daemon.events("sweep.finished"))
+        written |= save(site.root, range(20, 30))
+        until_uploaded(site, 30)
+        until_let_go(site)
+        assert swept == len(daemon.events("sweep.finished"))
+
+    assert 1 == told_once
+    assert "fs.inotify.max_user_" in unavailable["hint"] and "every 2 s" in unavailable["hint"]
+    record("kernel-limit", case=f"no {next(iter(limits))}", files=len(written), directories=0, lost=lost(site, written))
+
+
+# watchdog's reader
+
+
+def test_a_directory_that_was_moved_out_and_kills_the_reader_costs_no_file(site: Site) -> None:
+    """Its name is made anew and goes again, then it goes itself: a KeyError ends watchdog's reader, and all else lives."""
+    (site.root / "avatars/1").mkdir(parents=True)
+    outside = site.directory / "outside"
+
+    with site.daemon(constants=SOON) as daemon:
+        daemon.until_event("sweep.finished")
+        (site.root / "avatars/1").rename(outside)
+        (site.root / "avatars/1").mkdir()
+        (site.root / "avatars/1").rmdir()
+        outside.rmdir()
+        restarted = daemon.until_event("watch.restarted")
+        written = save(site.root, range(20))
+        until_uploaded(site, 20)
+        until_let_go(site)
+
+    assert "watchdog's threads are dead" == restarted["detail"]
+    record("kernel-limit", case="reader killed", files=len(written), directories=1, lost=lost(site, written))
