@@ -355,6 +355,7 @@ def _run(file: str, settings: config.Settings, once: bool) -> int:
     signals = _Signals(file)
     while True:
         logs.configure(format=settings.log.format, level=settings.log.level)
+        logs.tell_of_threads()
         daemon = Daemon(settings, once=once)
         signals.attach(daemon.stop)
         code = daemon.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from typing import Any, TextIO
 
 import structlog
@@ -37,6 +38,17 @@ def configure(*, format: str, level: str, stream: TextIO | None = None) -> None:
     # What libraries have to say is for developers of spoold; watchdog's one useful warning has its own listener.
     logging.getLogger().addHandler(logging.NullHandler())
     logging.getLogger().setLevel(logging.WARNING)
+
+
+def tell_of_threads() -> None:
+    """Log a thread that ends by an exception as one line too. Ours take the daemon with them; libraries' are replaced."""
+
+    def tell(end: threading.ExceptHookArgs) -> None:
+        if end.exc_value is not None and end.exc_type is not SystemExit:
+            name = end.thread.name if end.thread is not None else None
+            structlog.get_logger().warning("thread.died", detail=f"{name}: {end.exc_value!r}", exc_info=end.exc_value)
+
+    threading.excepthook = tell
 
 
 def _in_order(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:

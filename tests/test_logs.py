@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,9 @@ from spoold import logs
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
+    hook = threading.excepthook
     yield
+    threading.excepthook = hook
     structlog.reset_defaults()
 
 
@@ -69,3 +72,18 @@ def test_no_color_is_honoured_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     structlog.get_logger().info("daemon.ready", spools=["uploads"])
 
     assert "daemon.ready" in terminal.getvalue() and "\x1b" not in terminal.getvalue()
+
+
+def test_a_thread_that_dies_is_told_in_one_line_like_everything_else() -> None:
+    """watchdog's reader can die of a KeyError (FACTS 13): Python's own words about it are twenty lines that no machine reads."""
+    stream = io.StringIO()
+    logs.configure(format="json", level="info", stream=stream)
+    logs.tell_of_threads()
+
+    thread = threading.Thread(target={}.pop, args=("avatars/42",), name="reader")
+    thread.start()
+    thread.join()
+
+    [line] = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert ("thread.died", "reader: KeyError('avatars/42')") == (line["event"], line["detail"])
+    assert "Traceback" in line["exception"]

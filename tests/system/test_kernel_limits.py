@@ -182,6 +182,16 @@ def test_where_nothing_can_be_watched_sweeps_find_it_all_until_something_can(sit
 # watchdog's reader
 
 
+def is_watched(daemon: Daemon, directory: Path) -> bool:
+    """Ask the kernel whether the daemon watches a directory."""
+    wanted = f" ino:{directory.stat().st_ino:x} "
+    for fd in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(fd) == "anon_inode:inotify" and wanted in (fd.parent.parent / "fdinfo" / fd.name).read_text():
+                return True
+    return False
+
+
 def test_a_directory_that_was_moved_out_and_kills_the_reader_costs_no_file(site: Site) -> None:
     """Its name is made anew and goes again, then it goes itself: a KeyError ends watchdog's reader, and all else lives."""
     (site.root / "avatars/1").mkdir(parents=True)
@@ -191,6 +201,7 @@ def test_a_directory_that_was_moved_out_and_kills_the_reader_costs_no_file(site:
         daemon.until_event("sweep.finished")
         (site.root / "avatars/1").rename(outside)
         (site.root / "avatars/1").mkdir()
+        until(lambda: is_watched(daemon, site.root / "avatars/1"), "the new directory is watched")
         (site.root / "avatars/1").rmdir()
         outside.rmdir()
         restarted = daemon.until_event("watch.restarted")
