@@ -141,6 +141,11 @@ class Explainer:
         mine = [file for file in unknown if file.path == path or path == record or file.path.startswith(f"{path}/")]
         if mine:
             return self._why_new(path, snapshot, known)
+        if known.is_elsewhere and not snapshot.files and row["state"] not in ("uploaded", "done"):
+            return (
+                f"{path} is not here now: it was last seen in another directory that was {self._settings.root}, and nothing of "
+                f"it was deleted; it goes up as soon as that one is back: is a filesystem not mounted, or was it moved?"
+            )
         has_batch = row["state"] not in ("receiving", "stalled", "gone")  # else nobody wrote down what lay there
         asks = not is_there and path != record and has_batch
         if asks and not self._ledger.knows_path(path, record_path=record, spool=self.spool.name):

@@ -19,6 +19,7 @@ from spoold.spool import Spool, is_open_for_writing
 log = structlog.get_logger()
 
 _MAX_BACK_OFF_S = 30.0
+_LOOK_AGAIN_S = 1.0
 _REMEMBERED_ODDITIES = 100_000
 UNDECODABLE = "an image in it does not decode"
 
@@ -52,6 +53,8 @@ class Looker:
         self._within_s = within_s
         self._ages = ages
         self._on_offer = on_offer
+        self.root: tuple[int, int] | None = None
+        """The root's identity when it was entered: absence anywhere else says nothing."""
         self._reported: set[str] = set()
         self._reporting = threading.Lock()
 
@@ -64,9 +67,15 @@ class Looker:
         snapshot = self._spool.look(record)
         for oddity in snapshot.oddities:
             self.report(oddity)
+        if known.is_elsewhere and snapshot.files:
+            self._ledger.met(self._spool.name, record)
         if all(known.files.get(file.path) == file.identity for file in snapshot.files):
             if snapshot.hides and not snapshot.files:
                 return Next()  # what cannot be looked at is not gone
+            if not snapshot.files and known.is_elsewhere:
+                return Next()  # nor is what lies in another directory that was the root
+            if not snapshot.files and self.root not in (None, self._spool.root_identity()):
+                return Next(_LOOK_AGAIN_S)  # this is another directory, and the watcher is about to find out
             unfinished = known.state in (State.PENDING, State.DEAD)
             if known.sighted in ("receiving", "stalled") or (unfinished and not snapshot.files):
                 self._ledger.nothing_waits(self._spool.name, record, is_empty=not snapshot.files)

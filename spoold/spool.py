@@ -44,6 +44,7 @@ class Spool:
         self.name = name
         self.layout = layout
         self.marker = marker
+        self._configured = root
         self.root = Path(os.path.realpath(root))
 
     # Directories and files, by descriptor
@@ -81,6 +82,12 @@ class Spool:
             raise
         return fd
 
+    def follow(self) -> None:
+        """Find out anew where the root leads to, if it is a link: a deployment may have given it another target."""
+        root = Path(os.path.realpath(self._configured))
+        if root != self.root:
+            self.root = root
+
     def root_identity(self) -> tuple[int, int]:
         """Return (st_dev, st_ino) of the root. Raises SpoolBroken if it is gone."""
         fd = self._open_root()
@@ -95,7 +102,7 @@ class Spool:
             return os.open(self.root, _DIRECTORY)
         except OSError as error:
             hint = {
-                errno.ENOENT: f"create it, or mend `root:` of spool {self.name}: mkdir -p {self.root}",
+                errno.ENOENT: f"mount or create it, or mend `root:` of spool {self.name}: mkdir -p {self.root}",
                 errno.EACCES: f"give the daemon's user read, write and execute on {self.root}",
                 errno.ENOTDIR: f"`root:` of spool {self.name} must be a directory",
             }.get(error.errno or 0, "look at the disk: dmesg, df, mount")
@@ -312,6 +319,13 @@ class Spool:
                 hint=f"point `ledger:` or `state_dir:` at the ledger that knows this spool; if that one is lost for good and "
                 f"{self.house / ASIDE} is empty, remove {self.house / _OWNER}",
             )
+
+    def house_mark(self) -> str:
+        """Return what tells our house in this root from one in any other; it stays the same when a disk is mounted again."""
+        try:
+            return f"{os.stat(self.house).st_ino}:{os.stat(self.house / _OWNER).st_mtime_ns}"
+        except OSError as error:
+            raise SpoolBroken(f"look at {self.house}: {error.strerror}") from error
 
     def _mark(self, ledger_id: str) -> str:
         """Write the owner's mark if there is none, whole or not at all, and return whose it is."""

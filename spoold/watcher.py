@@ -74,6 +74,7 @@ class Watcher:
         self._sweep_cost_s = 0.0
         self._is_blind = False  # in part or wholly: not every directory is watched
         self._was_listening = False
+        self._told_elsewhere = False
         self._root: tuple[int, int] | None = None
         self._is_broken = False
         self._is_ready = False
@@ -244,11 +245,23 @@ class Watcher:
                 self._schedule(record, now, settling=True)
         self._sweep_cost_s = now - sweep.began
         log.info("sweep.finished", spool=self._spool.name, records=sweep.records, elapsed_s=round(self._sweep_cost_s, 3))
+        self._tell_of_what_lies_elsewhere()
         if sweep.watched is not None:
             self._counted = sweep
             self._observing.sing()
         elif self._observing.is_listening:
             self._see_all()  # as far as anybody can tell
+
+    def _tell_of_what_lies_elsewhere(self) -> None:
+        elsewhere = self._ledger.elsewhere(self._spool.name)
+        if elsewhere and not self._told_elsewhere:
+            log.warning(
+                "root.replaced", spool=self._spool.name, record=elsewhere[0], path=str(self._spool.root),
+                detail=f"{len(elsewhere)} records that are not uploaded yet were last seen in another directory that was the "
+                "root, and are not here; this is the first of them",
+                hint="is a filesystem not mounted, or was the directory moved? they go up as soon as they are back",
+            )  # fmt: skip
+        self._told_elsewhere = bool(elsewhere)
 
     # Health
 
@@ -257,11 +270,12 @@ class Watcher:
         if now < self._health_at:
             return
         self._health_at = now + _HEALTH_EVERY_S
+        self._spool.follow()
         root = self._spool.root_identity()
         if self._root is None or root != self._root or self._is_broken:
             self._begin(root)
         elif not self._spool.is_at_home:
-            self._move_in()  # somebody tidied it away
+            self._enter(root)  # somebody tidied our house away
         if self._observing.overflowed():
             log.warning("watch.overflowed", spool=self._spool.name, detail="the kernel dropped events; everything is swept")
             self._observe()
@@ -279,8 +293,8 @@ class Watcher:
 
     def _begin(self, root: tuple[int, int]) -> None:
         """Start to watch a root that is new to us, or back."""
-        self._move_in()
         was_lost = self._root is not None
+        self._enter(root)
         # Watch first, then scan: what is written between the two is seen twice, which is harmless; the other way round never.
         self._observe()
         self._root = root
@@ -292,6 +306,12 @@ class Watcher:
         self._sweeps.clear()
         if self._swept_at is not None:
             self.sweep("root")
+
+    def _enter(self, root: tuple[int, int]) -> None:
+        """Move into the root, and see whether it is the directory that it was before, even before a restart."""
+        self._move_in()
+        self._ledger.enter(self._spool.name, self._spool.house_mark())
+        self._looker.root = root
 
     def _judge(self, sweep: _Sweep) -> None:
         """Say whether all that a sweep met is watched: directories made since it began are, for the canary was heard."""

@@ -75,7 +75,7 @@ def test_no_color_is_honoured_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_thread_that_dies_is_told_in_one_line_like_everything_else() -> None:
-    """watchdog's reader can die of a KeyError (FACTS 13): Python's own words about it are twenty lines that no machine reads."""
+    """watchdog's reader can die of a KeyError (FACTS 13): Python's own words about it are twenty lines."""
     stream = io.StringIO()
     logs.configure(format="json", level="info", stream=stream)
     logs.tell_of_threads()

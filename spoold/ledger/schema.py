@@ -22,7 +22,7 @@ from sqlalchemy import false as sql_false
 
 metadata = MetaData()
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration; the ledger is brought up to it at start."""
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -62,6 +62,12 @@ sighting = Table(  # what lies in the spool and is not yet, or not any more, a b
     Column("bytes", BigInteger, nullable=False),
     Column("vetoed", Text),  # fingerprints of basenames whose images did not decode: not offered again as they are
     Column("as_is", Boolean, nullable=False, server_default=sql_false()),  # a person said: take it as it lies
+)
+
+elsewhere = Table(  # unfinished records that were last seen in another directory than the one that is the root now
+    "elsewhere",
+    metadata,
+    Column("record_key", _Id, ForeignKey("record.id"), primary_key=True),
 )
 
 batch = Table(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
 
 from spoold.ledger.database import Database, Transaction
-from spoold.ledger.schema import batch, batch_file, object_, record, sighting
+from spoold.ledger.schema import about, batch, batch_file, elsewhere, object_, record, sighting
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
 
 
@@ -18,6 +19,7 @@ class Known:
 
     state: of the current batch, or None. has_original: an original of it is live in the bucket.
     vetoed: fingerprints of basenames whose images did not decode. as_is: a person said to take it as it lies.
+    is_elsewhere: it was last seen in another directory that was the root; that nothing lies here does not mean it is gone.
     """
 
     files: Mapping[str, Identity]
@@ -26,6 +28,7 @@ class Known:
     sighted: str | None
     vetoed: frozenset[str]
     as_is: bool
+    is_elsewhere: bool = False
 
 
 _UNKNOWN = Known({}, None, False, None, frozenset(), False)
@@ -56,6 +59,7 @@ class Watching(Database):
                 seen.state if seen is not None else None,
                 frozenset((seen.vetoed or "").split(",")) if seen is not None else frozenset(),
                 seen.as_is if seen is not None else False,
+                connection.execute(select(elsewhere).where(elsewhere.c.record_key == key)).first() is not None,
             )
 
     def see(self, spool: str, snapshot: Snapshot, waiting: Iterable[SpooledFile], *, state: str, reason: str) -> None:
@@ -152,16 +156,41 @@ class Watching(Database):
 
     def unfinished(self, spool: str) -> list[str]:
         """Return the records that a sweep should have met: those not uploaded yet, as far as the ledger knows."""
-        live = or_(sighting.c.state.in_(("receiving", "stalled")), batch.c.id.is_not(None))
-        statement = (
-            select(record.c.path)
-            .outerjoin(sighting, sighting.c.record_key == record.c.id)
-            .outerjoin(batch, and_(batch.c.record_key == record.c.id, batch.c.state.in_((State.PENDING, State.DEAD))))
-            .where(record.c.spool == spool, live)
-            .distinct()
-        )
         with self.read() as connection:
-            return list(connection.execute(statement).scalars())
+            return list(connection.execute(_unfinished(spool, record.c.path)).scalars())
+
+    # Which directory the root is
+
+    def enter(self, spool: str, house: str) -> None:
+        """Write down which directory the root is now, by the mark of our house in it.
+
+        If it was another one before, what is unfinished was last seen there: until it is met here, its absence says
+        nothing. A filesystem may be unmounted, or the root replaced.
+        """
+        name = f"house of {spool}"
+        before = select(about.c.value).where(about.c.name == name)
+        with self.read() as connection:
+            if connection.execute(before).scalar() == house:
+                return
+        with self.write() as change:
+            if change.execute(before).scalar() is not None:
+                known = select(elsewhere.c.record_key)
+                left = _unfinished(spool, record.c.id).where(record.c.id.not_in(known))
+                change.execute(insert(elsewhere).from_select(["record_key"], left))
+            change.execute(delete(about).where(about.c.name == name))
+            change.execute(insert(about), {"name": name, "value": house})
+
+    def met(self, spool: str, path: str) -> None:
+        """Write down that a record that was last seen elsewhere lies here."""
+        with self.write() as change:
+            key = select(record.c.id).where(record.c.spool == spool, record.c.path == path).scalar_subquery()
+            change.execute(delete(elsewhere).where(elsewhere.c.record_key == key))
+
+    def elsewhere(self, spool: str) -> list[str]:
+        """Return the unfinished records that were last seen in another directory that was the root."""
+        lies_there = _unfinished(spool, record.c.path).join(elsewhere, elsewhere.c.record_key == record.c.id)
+        with self.read() as connection:
+            return list(connection.execute(lies_there).scalars())
 
     def wanted_as_is(self, spool: str) -> list[str]:
         """Return the incomplete records that a person wants taken as they lie."""
@@ -209,6 +238,19 @@ class Watching(Database):
 
 def identity_of(row: Row[tuple[object, ...]]) -> Identity:
     return Identity(row.dev, row.ino, row.size, row.mtime_ns, row.ctime_ns)
+
+
+def _unfinished(spool: str, column: ColumnElement[Any]):  # type: ignore[no-untyped-def]  # as in _current
+    """Select this column of each record of which something is not uploaded yet."""
+    live = or_(sighting.c.state.in_(("receiving", "stalled")), batch.c.id.is_not(None))
+    return (
+        select(column)
+        .select_from(record)
+        .outerjoin(sighting, sighting.c.record_key == record.c.id)
+        .outerjoin(batch, and_(batch.c.record_key == record.c.id, batch.c.state.in_((State.PENDING, State.DEAD))))
+        .where(record.c.spool == spool, live)
+        .distinct()
+    )
 
 
 def _current(key: int):  # type: ignore[no-untyped-def]  # SQLAlchemy's own type spells out every column

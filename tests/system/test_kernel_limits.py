@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +210,93 @@ def test_a_directory_that_was_moved_out_and_kills_the_reader_costs_no_file(site:
 
     assert "watchdog's threads are dead" == restarted["detail"]
     record("kernel-limit", case="reader killed", files=len(written), directories=1, lost=lost(site, written))
+
+
+# Roots that come and go
+
+
+def unfinished(site: Site) -> dict[str, str]:
+    """Return the state of each record that is not uploaded yet."""
+    rows = site.query("SELECT path, state FROM record_status WHERE state NOT IN ('uploaded', 'done')")
+    return {row["path"]: row["state"] for row in rows}
+
+
+def with_half(site: Site) -> Site:
+    """Have the site wait for a thumb too: what has none is unfinished for as long as a test wants."""
+    site.settings["spools"][0]["complete"]["styles"] = ["original", "thumb"]
+    site.write_config()
+    return site
+
+
+def save_both(root: Path, ids: Iterable[int]) -> dict[str, bytes]:
+    return save(root, ids) | save_thumbs(root, ids)
+
+
+def save_thumbs(root: Path, ids: Iterable[int]) -> dict[str, bytes]:
+    written = {}
+    for id in ids:
+        App(root).save("avatars", id, "me.jpg", {"thumb": JPEG}, how="copy", chunks=1, old_mtime=False)
+        written[f"avatars/{id}/thumb/me.jpg"] = JPEG
+    return written
+
+
+def unmount(path: Path) -> None:
+    """Unmount as soon as nobody looks into it."""
+
+    def is_unmounted() -> bool:
+        return subprocess.run(["umount", str(path)], capture_output=True, check=False).returncode == 0
+
+    until(is_unmounted, f"{path} can be unmounted")
+
+
+@contextlib.contextmanager
+def disk(kind: str, directory: Path) -> Iterator[list[str]]:
+    """Make a disk that keeps what is on it, and yield the command that mounts it, but for the mount point."""
+    if kind == "bind":
+        (directory / "disk").mkdir()
+        mount_tmpfs(directory / "disk", "size=16m")
+        yield ["mount", "--bind", str(directory / "disk")]
+        return
+    image = directory / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    yield ["mount", "-o", "loop", str(image)]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "bind"])
+def test_a_root_that_is_unmounted_and_mounted_again_loses_nothing_and_nothing_is_called_gone(
+    tmp_path: Path, rclone_server: RcloneServer, kind: str
+) -> None:
+    """A bind mount goes without any event; a real disk tells watchdog that all its watches went."""
+    if kind == "ext4" and (shutil.which("mkfs.ext4") is None or not Path("/dev/loop-control").exists()):
+        pytest.skip("no loop devices or no mkfs.ext4 here")
+
+    def work() -> None:
+        site = with_half(site_of(tmp_path, rclone_server))
+        with disk(kind, tmp_path) as mount:
+            subprocess.run([*mount, str(site.root)], check=True)
+            with site.daemon(constants=SOON) as daemon:
+                written = save(site.root, range(5))  # their thumbs are missing
+                until(lambda: 5 == len(unfinished(site)), "the records are waited for")
+                unmount(site.root)
+                replaced = daemon.until_event("root.replaced")
+                written |= save_both(site.root, range(10, 15))  # into what lay under the mount point
+                until_uploaded(site, 10)
+                until_let_go(site)
+                while_away = unfinished(site)
+                why = site.spoold("why", "avatars/1")
+                subprocess.run([*mount, str(site.root)], check=True)
+                written |= save_thumbs(site.root, range(5))
+                until_uploaded(site, 20)
+                until_let_go(site)
+                assert [] == daemon.events("record.gone")
+            site.demand_laws(written)
+            unmount(site.root)
+
+        assert dict.fromkeys((f"avatars/{id}" for id in range(5)), "receiving") == while_away
+        assert "5 records" in replaced["detail"] and "not mounted" in replaced["hint"]
+        assert "another directory" in why.stdout and "mount" in why.stdout
+        record("kernel-limit", case=f"unmounted {kind}", files=len(written), directories=0, lost=0)
+
+    in_a_world(work, with_own_mounts)
