@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -249,54 +249,177 @@ def unmount(path: Path) -> None:
     until(is_unmounted, f"{path} can be unmounted")
 
 
-@contextlib.contextmanager
-def disk(kind: str, directory: Path) -> Iterator[list[str]]:
-    """Make a disk that keeps what is on it, and yield the command that mounts it, but for the mount point."""
-    if kind == "bind":
-        (directory / "disk").mkdir()
-        mount_tmpfs(directory / "disk", "size=16m")
-        yield ["mount", "--bind", str(directory / "disk")]
-        return
-    image = directory / "disk.img"
-    with image.open("wb") as file:
-        file.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    yield ["mount", "-o", "loop", str(image)]
+class Root:
+    """A way in which the directory at the root's place becomes another one, and is back later."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.root = site.root
+        self.other = site.directory / "other"
+
+    def prepare(self) -> None:
+        """What must be so before a daemon starts."""
+
+    def leave(self) -> None: ...
+
+    def come_back(self) -> None: ...
 
 
-@pytest.mark.parametrize("kind", ["ext4", "bind"])
-def test_a_root_that_is_unmounted_and_mounted_again_loses_nothing_and_nothing_is_called_gone(
-    tmp_path: Path, rclone_server: RcloneServer, kind: str
+class Disk(Root):
+    """A disk that is unmounted: all its watches go, and watchdog is told."""
+
+    def prepare(self) -> None:
+        image = self.site.directory / "disk.img"
+        if shutil.which("mkfs.ext4") is None or not Path("/dev/loop-control").exists():
+            pytest.skip("no loop devices or no mkfs.ext4 here")
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+        self.command = ["mount", "-o", "loop", str(image), str(self.root)]
+        self.come_back()
+
+    def leave(self) -> None:
+        unmount(self.root)
+
+    def come_back(self) -> None:
+        subprocess.run(self.command, check=True)
+
+
+class Bind(Disk):
+    """A directory that is mounted there: it goes without any event."""
+
+    def prepare(self) -> None:
+        self.other.mkdir()
+        mount_tmpfs(self.other, "size=16m")
+        self.command = ["mount", "--bind", str(self.other), str(self.root)]
+        self.come_back()
+
+
+class OverMounted(Root):
+    def leave(self) -> None:
+        mount_tmpfs(self.root, "size=16m")
+
+    def come_back(self) -> None:
+        unmount(self.root)
+
+
+class Moved(Root):
+    """mv; mkdir: no event tells, and it may never have been seen to be gone."""
+
+    def leave(self) -> None:
+        self.root.rename(self.other)
+        self.root.mkdir()
+
+    def come_back(self) -> None:
+        self.root.rename(self.site.directory / "new")
+        self.other.rename(self.root)
+
+
+class Link(Root):
+    """Capistrano's `current`, that a deployment gives another target."""
+
+    def prepare(self) -> None:
+        self.root.rename(self.other)
+        (self.site.directory / "new").mkdir()
+        self._point_to(self.other)
+
+    def leave(self) -> None:
+        self._point_to(self.site.directory / "new")
+
+    def come_back(self) -> None:
+        self._point_to(self.other)
+
+    def _point_to(self, target: Path) -> None:
+        (self.site.directory / "link").symlink_to(target)
+        (self.site.directory / "link").rename(self.root)
+
+
+@pytest.mark.parametrize("kind", [Disk, Bind, OverMounted, Moved, Link])
+def test_while_another_directory_is_the_root_nothing_is_called_gone_and_all_goes_up_in_the_end(
+    tmp_path: Path, rclone_server: RcloneServer, kind: type[Root]
 ) -> None:
-    """A bind mount goes without any event; a real disk tells watchdog that all its watches went."""
-    if kind == "ext4" and (shutil.which("mkfs.ext4") is None or not Path("/dev/loop-control").exists()):
-        pytest.skip("no loop devices or no mkfs.ext4 here")
+    """What lay in the one that was the root waits for its return; what is written into the one that is goes up."""
 
     def work() -> None:
         site = with_half(site_of(tmp_path, rclone_server))
-        with disk(kind, tmp_path) as mount:
-            subprocess.run([*mount, str(site.root)], check=True)
-            with site.daemon(constants=SOON) as daemon:
-                written = save(site.root, range(5))  # their thumbs are missing
-                until(lambda: 5 == len(unfinished(site)), "the records are waited for")
-                unmount(site.root)
-                replaced = daemon.until_event("root.replaced")
-                written |= save_both(site.root, range(10, 15))  # into what lay under the mount point
-                until_uploaded(site, 10)
-                until_let_go(site)
-                while_away = unfinished(site)
-                why = site.spoold("why", "avatars/1")
-                subprocess.run([*mount, str(site.root)], check=True)
-                written |= save_thumbs(site.root, range(5))
-                until_uploaded(site, 20)
-                until_let_go(site)
-                assert [] == daemon.events("record.gone")
-            site.demand_laws(written)
-            unmount(site.root)
+        root = kind(site)
+        root.prepare()
+        with site.daemon(constants=SOON) as daemon:
+            written = save(site.root, range(5))  # their thumbs are missing
+            until(lambda: 5 == len(unfinished(site)), "the records are waited for")
+            root.leave()
+            replaced = daemon.until_event("root.replaced")
+            written |= save_both(site.root, range(10, 15))
+            until_uploaded(site, 10)
+            until_let_go(site)
+            while_away = unfinished(site)
+            why = site.spoold("why", "avatars/1")
+            root.come_back()
+            written |= save_thumbs(site.root, range(5))
+            until_uploaded(site, 20)
+            until_let_go(site)
+            assert [] == daemon.events("record.gone")
+        site.demand_laws(written)
 
         assert dict.fromkeys((f"avatars/{id}" for id in range(5)), "receiving") == while_away
         assert "5 records" in replaced["detail"] and "not mounted" in replaced["hint"]
         assert "another directory" in why.stdout and "mount" in why.stdout
-        record("kernel-limit", case=f"unmounted {kind}", files=len(written), directories=0, lost=0)
+        record("kernel-limit", case=f"root: {kind.__name__}", files=len(written), directories=0, lost=0)
 
     in_a_world(work, with_own_mounts)
+
+
+def test_what_waits_to_be_uploaded_when_its_root_is_unmounted_goes_up_when_it_is_back_even_after_a_restart(
+    tmp_path: Path, rclone_server: RcloneServer
+) -> None:
+    def work() -> None:
+        site = site_of(tmp_path, rclone_server)
+        root = Bind(site)
+        root.prepare()
+        rclone_server.stop()
+        with site.daemon(constants=SOON) as daemon:
+            written = save(site.root, range(5))
+            until(lambda: ["queued"] * 5 == list(unfinished(site).values()), "all are queued")
+            daemon.until_event("spool.held")
+            root.leave()
+            rclone_server.start()
+            daemon.until_event("spool.released")
+            until(lambda: "queued" not in unfinished(site).values(), "all were tried, and were not there")
+            assert [] == daemon.events("record.gone")
+        with site.daemon(constants=SOON, name="second") as daemon:
+            replaced = daemon.until_event("root.replaced")
+            while_away = set(unfinished(site).values())
+            root.come_back()
+            until_uploaded(site, 5)
+            until_let_go(site)
+            assert [] == daemon.events("record.gone")
+        site.demand_laws(written)
+
+        assert {"receiving"} == while_away
+        assert "5 records" in replaced["detail"]
+        record("kernel-limit", case="root: queued", files=len(written), directories=0, lost=0)
+
+    in_a_world(work, with_own_mounts)
+
+
+def test_a_root_that_is_gone_holds_the_spool_and_says_what_to_do(site: Site) -> None:
+    with_half(site)
+    with site.daemon(constants=SOON) as daemon:
+        written = save(site.root, range(5))
+        until(lambda: 5 == len(unfinished(site)), "the records are waited for")
+        site.root.rename(site.directory / "other")
+        held = daemon.until_event("spool.held")
+        status = site.spoold("status")
+        while_away = unfinished(site)
+        (site.directory / "other").rename(site.root)
+        written |= save_thumbs(site.root, range(5))
+        daemon.until_event("spool.released")
+        until_uploaded(site, 10)
+        until_let_go(site)
+        assert [] == daemon.events("record.gone")
+
+    assert "SpoolBroken" == held["error"] and str(site.root) in held["detail"]
+    assert "mount or create it" in held["hint"]
+    assert "uploads is held since" in status.stdout and "mount or create it" in status.stdout
+    assert {"receiving"} == set(while_away.values())
+    record("kernel-limit", case="root: gone", files=len(written), directories=0, lost=lost(site, written))
