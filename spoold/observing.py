@@ -43,7 +43,8 @@ _EVENTS: list[type[FileSystemEvent]] = [
 _SING_EVERY_S = 30.0
 _CANARY_SILENT_S = 10.0
 _AT_MOST_A_TENTH = 10  # of the time goes into beginning anew, however often the kernel drops events
-_LIMITS = (Path("/proc/sys/fs/inotify/max_user_watches"), Path("/proc/sys/user/max_inotify_watches"))
+_PROC = Path("/proc/sys")
+_LIMITS = (_PROC / "fs/inotify/max_user_watches", _PROC / "user/max_inotify_watches")
 
 
 @dataclass(slots=True, eq=False)  # watchdog keeps handlers in a set
@@ -209,4 +210,4 @@ def watches_needed(directories: int, unwatched: int) -> tuple[str, int]:
     limits = {path: int(path.read_text()) for path in _LIMITS if path.exists()}
     path = min(limits, key=lambda each: limits[each], default=_LIMITS[0])
     least = max(2 * directories, limits.get(path, 0) + 2 * unwatched)
-    return path.relative_to("/proc/sys").as_posix().replace("/", "."), 1 << max(10, (least - 1).bit_length())
+    return path.relative_to(_PROC).as_posix().replace("/", "."), 1 << max(10, (least - 1).bit_length())

@@ -137,8 +137,8 @@ def is_whole_jpeg(content: bytes) -> bytes:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NUMBERS = {
-    "x86_64": {"fcntl": 72, "renameat2": 316, "inotify_init1": 294, "inotify_init": 253, "fsync": 74},
-    "aarch64": {"fcntl": 25, "renameat2": 276, "inotify_init1": 26, "fsync": 82},
+    "x86_64": {"fcntl": 72, "renameat2": 316, "inotify_init1": 294, "inotify_init": 253, "inotify_add_watch": 254, "fsync": 74},
+    "aarch64": {"fcntl": 25, "renameat2": 276, "inotify_init1": 26, "inotify_add_watch": 27, "fsync": 82},
 }
 _F_SETLEASE = 1024
 _DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _LEASE = 1, 2, 3, 28

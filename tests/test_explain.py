@@ -578,6 +578,18 @@ def test_a_record_whose_files_lie_aside_is_proven(bench: Bench) -> None:
     assert "proven" == standing(bench)
 
 
+def test_what_lies_in_another_directory_that_was_the_root_is_not_called_gone(bench: Bench) -> None:
+    bench.ledger.enter(NAME, "a house")
+    write(bench)
+    seen(bench)
+    bench.ledger.enter(NAME, "another house")
+    (bench.root / RECORD).rename(bench.directory / "away")
+
+    said = why(bench, RECORD)
+
+    assert "last seen in another directory" in said and "is a filesystem not mounted" in said
+
+
 def test_dead_and_gone_records_say_so(bench: Bench) -> None:
     bench.ledger.bury(pending(bench), BadPath("put: no"))
     dead = standing(bench)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import alembic.command
+import alembic.config
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
@@ -25,6 +27,7 @@ from spoold.errors import (
     ClaimLost,
     KeyTaken,
     LedgerUnavailable,
+    ObjectRefused,
     SpoolBroken,
     StoreDenied,
     StoreUnavailable,
@@ -1636,6 +1639,67 @@ def test_a_file_that_lies_aside_again_has_its_batch_walked(bench: Bench) -> None
     assert (State.DONE, "1.1.x", False) == (again.state, again.files[0].aside_name, again.files[0].is_gone)
 
 
+# Which directory the root is
+
+
+def test_while_the_root_is_the_same_nothing_is_elsewhere(bench: Bench) -> None:
+    offered(bench)
+
+    for _ in range(2):
+        bench.ledger.enter(NAME, "a house")
+
+    assert [] == bench.ledger.elsewhere(NAME)
+
+
+@pytest.mark.parametrize("how_far", ["receiving", "stalled", "queued", "dead"])
+def test_when_the_root_is_another_directory_what_is_unfinished_was_last_seen_elsewhere(bench: Bench, how_far: str) -> None:
+    bench.ledger.enter(NAME, "a house")
+    if how_far in ("receiving", "stalled"):
+        write(bench, CAT)
+        see(bench, state=how_far)
+    else:
+        offered(bench)
+    if how_far == "dead":
+        bench.ledger.bury(bench.claimed(), ObjectRefused("put: no"))
+
+    bench.ledger.enter(NAME, "another house")
+
+    assert [RECORD] == bench.ledger.elsewhere(NAME)
+    assert (True, how_far) == (bench.ledger.known(NAME, RECORD).is_elsewhere, bench.state())
+
+
+def test_what_is_uploaded_or_gone_or_of_another_spool_is_not_elsewhere(bench: Bench) -> None:
+    bench.ledger.enter(NAME, "a house")
+    bench.batch_stored(CAT)
+    write(bench, CAT, record="avatars/43")
+    see(bench, record="avatars/43")
+    bench.ledger.nothing_waits(NAME, "avatars/43", is_empty=True)
+    write(bench, CAT, record="avatars/44")
+    see(bench, record="avatars/44")
+
+    bench.ledger.enter("another spool", "a house")
+    bench.ledger.enter("another spool", "another house")
+    before = bench.ledger.elsewhere(NAME)
+    bench.ledger.enter(NAME, "another house")
+
+    assert ([], ["avatars/44"]) == (before, bench.ledger.elsewhere(NAME))
+
+
+def test_what_is_met_is_not_elsewhere_any_more_and_the_rest_still_is_whatever_the_root_becomes(bench: Bench) -> None:
+    bench.ledger.enter(NAME, "a house")
+    for record in ("avatars/1", "avatars/2"):
+        write(bench, CAT, record=record)
+        see(bench, record=record)
+    bench.ledger.enter(NAME, "another house")
+
+    bench.ledger.met(NAME, "avatars/1")
+    before = bench.ledger.elsewhere(NAME)
+    bench.ledger.enter(NAME, "a house")
+
+    assert ["avatars/2"] == before
+    assert {"avatars/1", "avatars/2"} == set(bench.ledger.elsewhere(NAME))
+
+
 # The database itself
 
 
@@ -1698,8 +1762,30 @@ def test_a_ledger_of_an_older_spoold_is_not_for_commands_that_only_read(bench: B
     assert "start the daemon of this version once: it migrates the ledger" == caught.value.hint
 
 
+def test_a_ledger_of_the_first_schema_is_migrated_and_keeps_what_it_knows(bench: Bench) -> None:
+    claim = bench.batch_stored(CAT)
+    before = (bench.status(), bench.objects(), bench.ledger.id)
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "spoold:migrations")
+    config.set_main_option("path_separator", "os")
+    engine = sqlalchemy.create_engine(f"sqlite:///{bench.ledger_file}")
+    with engine.connect() as connection, connection.begin():
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "0001")
+    engine.dispose()
+    with pytest.raises(LedgerUnavailable, match="its schema is 0001"):
+        Ledger(f"sqlite:///{bench.ledger_file}", clock=bench.clock, create=False)
+
+    bench.ledger.close()
+    bench.ledger = Ledger(f"sqlite:///{bench.ledger_file}", clock=bench.clock)
+
+    assert before == (bench.status(), bench.objects(), bench.ledger.id)
+    bench.ledger.enter(NAME, "a house")
+    bench.ledger.come_back(claim, bench.clock.now(), "")
+
+
 def test_an_empty_database_is_migrated_by_the_daemon_only(tmp_path: Path) -> None:
-    """It is older than every schema; with the first change of the schema this wants a real old one."""
+    """It is older than every schema."""
     file = tmp_path / "ledger.db"
     file.touch()
 

@@ -450,6 +450,44 @@ def test_rule_12_what_a_mount_hides_is_not_taken_for_gone(bench: Bench) -> None:
     assert "queued" == bench.state()
 
 
+@pytest.mark.parametrize("how_far", ["receiving", "queued"])
+def test_what_lay_in_another_root_is_not_taken_for_gone_until_it_was_met_again(bench: Bench, how_far: str) -> None:
+    """A filesystem that is not mounted is no app that removed its files."""
+    looker = bench.looker(styles=STYLES if how_far == "receiving" else None)
+    bench.ledger.enter(NAME, "a house")
+    save(bench, "original/cat.jpg")
+    settled(bench, looker)
+    bench.ledger.enter(NAME, "another house")
+    (bench.root / RECORD).rename(bench.directory / "away")
+
+    states = []
+    looker.look(RECORD)
+    states.append(bench.state())
+    (bench.directory / "away").rename(bench.root / RECORD)
+    looker.look(RECORD)
+    states.append(bench.state())
+    (bench.root / RECORD / "original/cat.jpg").unlink()
+    looker.look(RECORD)
+    states.append(bench.state())
+
+    assert [how_far, how_far, "gone"] == states
+
+
+def test_nothing_is_taken_for_gone_in_a_root_that_was_not_entered_yet(bench: Bench) -> None:
+    """It was replaced a moment ago, and the watcher has not seen it yet."""
+    looker = bench.looker(styles=STYLES)
+    save(bench, "original/cat.jpg")
+    settled(bench, looker)
+    looker.root = bench.spool.root_identity()
+    bench.root.rename(bench.directory / "away")
+    bench.root.mkdir()
+
+    again = looker.look(RECORD)
+
+    assert "receiving" == bench.state()
+    assert again.in_s is not None and again.in_s <= 1.0
+
+
 # What can have no key
 
 LONG = "x" * 200  # with the prefix of the key below, over 1024 bytes

@@ -502,6 +502,56 @@ def test_directories_are_made_durable_up_to_the_root(spool: Spool) -> None:
         spool.make_durable({"avatars/42/thumb"})
 
 
+def test_a_root_that_is_a_link_is_followed_anew_when_it_is_asked_for(tmp_path: Path) -> None:
+    """Capistrano gives `current` another target with each deployment."""
+    for release in ("1", "2"):
+        (tmp_path / release).mkdir()
+    (tmp_path / "current").symlink_to("1")
+    spool = spool_at(tmp_path / "current")
+    first = spool.root_identity()
+    (tmp_path / "new").symlink_to("2")
+    (tmp_path / "new").rename(tmp_path / "current")
+
+    before = spool.root_identity()
+    spool.follow()
+
+    assert first == before != spool.root_identity()
+    assert (tmp_path / "2").resolve() == spool.root
+
+
+def test_our_house_has_the_same_mark_wherever_its_root_is_and_another_one_in_another_root(tmp_path: Path) -> None:
+    for name in ("one", "another"):
+        (tmp_path / name).mkdir()
+    one, another = spool_at(tmp_path / "one"), spool_at(tmp_path / "another")
+    for spool in (one, one, another):
+        spool.move_in("a ledger")
+
+    mark = one.house_mark()
+    (tmp_path / "one").rename(tmp_path / "elsewhere")
+
+    assert mark == spool_at(tmp_path / "elsewhere").house_mark() != another.house_mark()
+    with pytest.raises(SpoolBroken):
+        one.house_mark()
+
+
+def test_a_sweep_tells_of_each_directory_that_it_walks(spool: Spool) -> None:
+    for path in ("avatars/1/original", "avatars/2", ".spoold/aside"):
+        (spool.root / path).mkdir(parents=True)
+    met: dict[str, int] = {}
+
+    list(spool.records(met=met.__setitem__))
+
+    paths = ["", "avatars", "avatars/1", "avatars/1/original", "avatars/2"]
+    assert {path: (spool.root / path).stat().st_ino for path in paths} == met
+
+
+def test_a_directory_has_an_inode_while_it_is_there(spool: Spool) -> None:
+    (spool.root / "avatars").mkdir()
+
+    assert (spool.root / "avatars").stat().st_ino == spool.inode_of_directory("avatars")
+    assert spool.inode_of_directory("photos") is None
+
+
 def test_a_root_that_is_gone_is_said_with_the_remedy(tmp_path: Path) -> None:
     spool = spool_at(tmp_path / "nothing")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreUnavailable
-from spoold.looker import Looker
+from spoold.looker import Looker, Next
 from spoold.model import HOUSE
 from spoold.watcher import Watcher
 from tests.paperclip import App, How, picture
@@ -31,6 +31,7 @@ from tests.parts import (
     with_own_mounts,
     without,
 )
+from tests.test_observing import unwatch
 
 STYLES = ("original", "thumb")
 JPEG = picture(24, 18)
@@ -454,6 +455,85 @@ def test_threads_that_are_dead_make_it_watch_anew_and_sweep(watch: Watch) -> Non
     assert ["watchdog's threads are dead"] == [line["detail"] for line in told(lines, "watch.restarted")]
 
 
+def test_directories_that_are_not_watched_are_said_once_and_swept_more_often_until_they_are(moved_watch: Watch) -> None:
+    """watchdog passes in silence over those for which the kernel has no watch left (FACTS 13)."""
+    bench, watcher = moved_watch.bench, moved_watch.watcher
+    (bench.root / "avatars/42").mkdir(parents=True)
+    moved_watch.until(lambda: (watched(moved_watch) or set()) >= {(bench.root / "avatars/42").stat().st_ino}, "it is watched")
+    unwatch(watcher._observing, bench.root / "avatars/42")
+
+    with captured() as lines:
+        watcher.sweep("test")
+        moved_watch.until(lambda: told(lines, "watch.limited"), "it is said")
+        bench.clock.advance(15)
+        moved_watch.turn(5)
+        early = len(told(lines, "sweep.finished"))
+        bench.clock.advance(15)
+        moved_watch.until(lambda: told(lines, "watch.restarted"), "it is watched again")
+
+    [limited] = told(lines, "watch.limited")
+    assert "1 of 3 directories are not watched" in limited["detail"] and "sysctl -w " in limited["hint"]
+    assert "avatars/42" == limited["path"]
+    assert (1, 2) == (early, len(told(lines, "sweep.finished")))
+    assert ["every directory is watched again"] == [line["detail"] for line in told(lines, "watch.restarted")]
+
+
+def watched(watch: Watch) -> frozenset[int] | None:
+    return watch.watcher._observing.watched()
+
+
+def test_directories_that_come_and_go_during_a_sweep_are_not_taken_for_unwatched(moved_watch: Watch) -> None:
+    bench, watcher = moved_watch.bench, moved_watch.watcher
+    for number in range(300):
+        (bench.root / f"avatars/{number}").mkdir(parents=True)
+
+    with captured() as lines:
+        watcher.sweep("test")
+        moved_watch.turn()
+        for number in range(0, 300, 2):
+            (bench.root / f"avatars/{number}").rmdir()
+        for number in range(300, 600):
+            (bench.root / f"avatars/{number}").mkdir(parents=True)
+        moved_watch.until(lambda: told(lines, "sweep.finished"), "all is swept")
+        moved_watch.until(lambda: watcher._counted is None, "the sweep is judged")
+
+    assert [] == told(lines, "watch.limited")
+
+
+def test_after_an_overflow_it_listens_with_a_new_observer(moved_watch: Watch) -> None:
+    """The old one rebuilds its watches while the sweep goes on: what is written in between would be seen by neither."""
+    observer = moved_watch.watcher._observing._observer
+    moved_watch.bench.clock.advance(1.0)
+
+    logging.getLogger("watchdog.observers.inotify_c").warning("Inotify queue overflowed; filesystem events were lost")
+    moved_watch.turn()
+
+    assert observer is not moved_watch.watcher._observing._observer
+    assert moved_watch.watcher._observing.is_listening
+
+
+def test_slow_looks_do_not_hold_up_hints_and_health(bench: Bench) -> None:
+    looker = bench.looker(styles=STYLES)
+    looker.__class__ = Slow
+    watch = Watch(bench, observes=False, looker=looker)
+    for number in range(100):
+        bench.write(f"avatars/{number}/original/cat.jpg")
+    began = time.monotonic()
+
+    watch.turn()
+
+    assert time.monotonic() - began < 2.0, "a hundred looks would take five seconds"
+    watch.watcher.close()
+
+
+class Slow(Looker):
+    """A looker on a slow disk."""
+
+    def look(self, record: str) -> Next:
+        threading.Event().wait(0.05)
+        return Next()
+
+
 def test_a_house_that_somebody_tidied_away_is_made_again(watch: Watch) -> None:
     for path in sorted((watch.bench.root / HOUSE).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -525,6 +605,30 @@ def test_a_root_that_vanishes_is_told_and_its_return_too(watch: Watch) -> None:
     assert (1, 1) == (told_once, watch.mended)
     assert isinstance(watch.broken[0], SpoolBroken)
     assert "mkdir -p" in watch.broken[0].hint
+
+
+def test_a_root_whose_link_is_given_another_target_is_followed(tmp_path: Path) -> None:
+    """Capistrano's `current`; what lay in the old release and is not uploaded yet waits for it."""
+    for release in ("1", "2"):
+        (tmp_path / release).mkdir()
+    (tmp_path / "spool").symlink_to("1")
+    with Bench(tmp_path, clock=RealClock()) as bench:
+        watch = Watch(bench)
+        watch.swept()
+        bench.write("avatars/1/original/cat.jpg", JPEG)
+        watch.until_state("receiving", record="avatars/1")
+
+        with captured() as lines:
+            (tmp_path / "new").symlink_to("2")
+            (tmp_path / "new").rename(bench.root)
+            watch.until(lambda: told(lines, "root.replaced"), "it is told")
+        save(bench, "avatars/2")
+        watch.until_state("queued", record="avatars/2")
+
+        [replaced] = told(lines, "root.replaced")
+        assert ("avatars/1", str(tmp_path / "2")) == (replaced["record"], replaced["path"])
+        assert "receiving" == bench.state("avatars/1")
+        watch.watcher.close()
 
 
 def test_a_root_that_is_made_anew_is_watched(watch: Watch) -> None:
