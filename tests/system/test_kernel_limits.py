@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -423,3 +424,74 @@ def test_a_root_that_is_gone_holds_the_spool_and_says_what_to_do(site: Site) -> 
     assert "uploads is held since" in status.stdout and "mount or create it" in status.stdout
     assert {"receiving"} == set(while_away.values())
     record("kernel-limit", case="root: gone", files=len(written), directories=0, lost=lost(site, written))
+
+
+# Many
+
+
+def resident_mb(daemon: Daemon) -> float:
+    """Return how much memory the daemon had at most."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_burst_of_20_000_files_while_the_daemon_is_stopped_goes_up(site: Site) -> None:
+    (site.root / "avatars").mkdir()
+
+    with site.daemon(constants=SOON) as daemon:
+        daemon.until_event("sweep.finished")
+        daemon.freeze()
+        overflow(site.root)
+        written = save(site.root, range(20_000))
+        daemon.thaw()
+        began = time.monotonic()
+        daemon.until_event("watch.overflowed")
+        until_uploaded(site, 20_000, timeout_s=2400)
+        took_s = time.monotonic() - began
+        until_let_go(site, timeout_s=600)
+        memory_mb = resident_mb(daemon)
+
+    record(
+        "kernel-burst", files=len(written), lost=lost(site, written), uploaded_s=round(took_s, 1), resident_mb=round(memory_mb)
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("watches", [150_000, 50_000])
+def test_100_000_directories_are_no_hindrance(tmp_path: Path, rclone_server: RcloneServer, watches: int) -> None:
+    """With watches for all of them, and with too few: then by sweeps, which cost a tenth of the time at most."""
+    layout = ":attachment/:id_partition/:style/:basename.:extension"
+    site = site_of(tmp_path, rclone_server, path=layout, key=layout)
+    for number in range(50_000):
+        partition = f"{number:09d}"
+        (site.root / f"avatars/{partition[:3]}/{partition[3:6]}/{partition[6:]}/original").mkdir(parents=True)
+    written = {}
+    began = time.monotonic()
+
+    with site.daemon(within=limited(watches=watches), constants=SOON, ready=False) as daemon:
+        daemon.until_event("daemon.ready", timeout_s=300)
+        ready_s = time.monotonic() - began
+        swept = daemon.until_event("sweep.finished", timeout_s=300)
+        if watches < 100_000:
+            daemon.until_event("watch.limited")
+        app = App(site.root, layout)
+        began = time.monotonic()
+        for number in range(0, 50_000, 100):
+            [path] = app.save("avatars", number, "me.jpg", {"original": JPEG}, how="copy", old_mtime=False).values()
+            written[str(path.relative_to(site.root))] = JPEG
+        until_uploaded(site, len(written), timeout_s=600)
+        took_s = time.monotonic() - began
+        until_let_go(site, timeout_s=600)
+        memory_mb = resident_mb(daemon)
+        assert (watches < 100_000) == bool(daemon.events("watch.limited"))
+        assert [] == daemon.events("watch.overflowed")
+
+    directories = sum(len(inner) for _, inner, _ in os.walk(site.root))
+    site.demand_nothing_stale(written)
+    record(
+        "kernel-directories", directories=directories, watches=watches, files=len(written), lost=lost(site, written),
+        ready_s=round(ready_s, 1), sweep_s=swept["elapsed_s"], uploaded_s=round(took_s, 1), resident_mb=round(memory_mb),
+    )  # fmt: skip
