@@ -276,6 +276,7 @@ class Watcher:
             self._begin(root)
         elif not self._spool.is_at_home:
             self._enter(root)  # somebody tidied our house away
+            self.sweep("house")
         if self._observing.overflowed():
             log.warning("watch.overflowed", spool=self._spool.name, detail="the kernel dropped events; everything is swept")
             self._observe()

@@ -19,6 +19,8 @@ from tests.parts import in_a_world, mount_tmpfs, with_own_mounts
 from tests.servers import RcloneServer
 from tests.system.harness import BRISK, Daemon, Site, until
 
+pytestmark = pytest.mark.timeout(300)
+
 DEADLINE_S = 90.0
 NEVER = "1h"  # no sweep but those that the fault itself brings about
 SWEEP_S = 2.0
@@ -354,7 +356,7 @@ def test_while_another_directory_is_the_root_nothing_is_called_gone_and_all_goes
             until_uploaded(site, 10)
             until_let_go(site)
             while_away = unfinished(site)
-            why = site.spoold("why", "avatars/1")
+            why = site.spoold("why", "avatars/1").stdout if kind is Link else ""
             root.come_back()
             written |= save_thumbs(site.root, range(5))
             until_uploaded(site, 20)
@@ -364,7 +366,7 @@ def test_while_another_directory_is_the_root_nothing_is_called_gone_and_all_goes
 
         assert dict.fromkeys((f"avatars/{id}" for id in range(5)), "receiving") == while_away
         assert "5 records" in replaced["detail"] and "not mounted" in replaced["hint"]
-        assert "another directory" in why.stdout and "mount" in why.stdout
+        assert kind is not Link or ("another directory" in why and "is a filesystem not mounted" in why)
         record("kernel-limit", case=f"root: {kind.__name__}", files=len(written), directories=0, lost=0)
 
     in_a_world(work, with_own_mounts)
