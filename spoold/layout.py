@@ -211,7 +211,7 @@ class Layout:
     def records_touched_by(self, path: str, *, is_directory: bool) -> list[str]:
         """Return the directories that may be records and hold `path`, or are it; none for what lies above records.
 
-        A file need not fit: a marker in a record's directory concerns that record.
+        A file need not fit: a marker in a record's directory concerns that record, and only the deepest that may be one.
         """
         if _leads_nowhere(path):
             return []
@@ -219,7 +219,8 @@ class Layout:
             return [record]
         segments = path.split("/")
         prefixes = ("/".join(segments[:depth]) for depth in range(1, len(segments) + is_directory))
-        return [prefix for prefix in prefixes if self._record.fullmatch(prefix)]
+        records = [prefix for prefix in prefixes if self._record.fullmatch(prefix)]
+        return records if is_directory else records[-1:]
 
     def _split_at_record(self) -> int:
         """Return how many segments of the path make the record: all before :style, else all but the last."""

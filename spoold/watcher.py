@@ -11,7 +11,7 @@ import heapq
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -137,12 +137,26 @@ class Watcher:
         now = self._clock.monotonic()
         while not self._touched.empty():
             self._schedule(self._touched.get(), now, settling=True)
+        directories: dict[str, None] = {}
         for path, is_directory in self._observing.hints(at_most=_HINTS_A_TURN):
-            records = self._spool.layout.records_touched_by(path, is_directory=is_directory)
-            for record in records:
-                self._touch_soon(record, now)
-            if is_directory and not records:
-                self._sweeps.append(_Sweep(now, is_whole=False, below=path))
+            if is_directory:
+                directories[path] = None
+            else:
+                for record in self._spool.layout.records_touched_by(path, is_directory=False):
+                    self._touch_soon(record, now)
+        if directories:
+            self._read_hints_of_directories(directories, now)
+
+    def _read_hints_of_directories(self, directories: Collection[str], now: float) -> None:
+        """Look for records below, and again at those that are known and may hold one of them, or be it.
+
+        Not at all that may: of avatars/000/000/042 each directory above could be the record of a string's :id_partition,
+        and a look at one of these walks through thousands of others.
+        """
+        may_hold = {record for path in directories for record in self._spool.layout.records_touched_by(path, is_directory=True)}
+        for record in self._ledger.known_among(self._spool.name, may_hold):
+            self._touch_soon(record, now)
+        self._sweeps.extend(_Sweep(now, is_whole=False, below=path) for path in directories)
 
     def _touch_soon(self, record: str, now: float) -> None:
         first = self._first_touch.setdefault(record, now)
@@ -206,6 +220,8 @@ class Watcher:
                 break
             if isinstance(found, Oddity):
                 self._looker.report(found)
+            elif not current.is_whole:
+                self._touch_soon(found, now)
             elif found not in self._settling:  # it may be due in minutes only, when `within` ends
                 current.records += 1
                 self._schedule(found, now, settling=True)

@@ -1639,6 +1639,13 @@ def test_a_file_that_lies_aside_again_has_its_batch_walked(bench: Bench) -> None
     assert (State.DONE, "1.1.x", False) == (again.state, again.files[0].aside_name, again.files[0].is_gone)
 
 
+def test_it_says_which_of_many_paths_are_records_that_it_knows(bench: Bench) -> None:
+    offered(bench)
+
+    assert [RECORD] == bench.ledger.known_among(NAME, {RECORD, *(f"photos/{number}" for number in range(1200))})
+    assert [] == bench.ledger.known_among("another spool", {RECORD})
+
+
 # Which directory the root is
 
 

@@ -37,6 +37,7 @@ STYLES = ("original", "thumb")
 JPEG = picture(24, 18)
 CAT = {"original": JPEG, "thumb": picture(12, 9)}
 NEVER_S = 1e6
+PARTITIONED = ":attachment/:id_partition/:style/:basename.:extension"
 
 
 class Watch:
@@ -188,6 +189,30 @@ def test_a_directory_that_is_removed_is_noticed(watch: Watch) -> None:
     (watch.bench.root / RECORD).rename(watch.bench.directory / "elsewhere")
 
     watch.until_state("gone")
+
+
+def test_a_directory_that_goes_makes_nobody_walk_through_all_that_lie_beside_it(tmp_path: Path) -> None:
+    """With :id_partition each directory above a record could be one itself, of a string; Paperclip's default has it."""
+    with Bench(tmp_path, clock=RealClock(), path=PARTITIONED, key=PARTITIONED) as bench:
+        for number in range(20):
+            (bench.root / f"avatars/000/000/{number:03d}/original").mkdir(parents=True)
+        watch = Watch(bench, looker=bench.looker(settle_s=0.05))
+        watch.swept()
+        bench.write("avatars/000/000/042/original/cat.jpg", JPEG)
+        watch.until_state("queued", record="avatars/000/000/042")
+
+        with captured() as lines:
+            (bench.root / "avatars/000/000/007/original").rmdir()
+            (bench.root / "avatars/000/000/007").rmdir()
+            bench.write("avatars/000/000/043/original/cat.jpg", JPEG)
+            bench.write("avatars/000/000/043/notes", b"")
+            (bench.root / "avatars/000/000/042").rename(tmp_path / "away")
+            watch.until_state("queued", record="avatars/000/000/043")
+            watch.until_state("gone", record="avatars/000/000/042")
+
+        assert {"avatars/000/000/043/notes"} == {line["path"] for line in told(lines, "path.ignored")}
+        assert {"avatars/000/000/042", "avatars/000/000/043"} == {line["record"] for line in lines if "record" in line}
+        watch.watcher.close()
 
 
 def test_a_missing_style_that_comes_late_is_noticed(watch: Watch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, sele
 from spoold.ledger.database import Database, Transaction
 from spoold.ledger.schema import about, batch, batch_file, elsewhere, object_, record, sighting
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
+
+_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,16 @@ class Watching(Database):
         """Return the records that a sweep should have met: those not uploaded yet, as far as the ledger knows."""
         with self.read() as connection:
             return list(connection.execute(_unfinished(spool, record.c.path)).scalars())
+
+    def known_among(self, spool: str, paths: Collection[str]) -> list[str]:
+        """Return those of the paths that are records which the ledger has ever heard of."""
+        found: list[str] = []
+        wanted = sorted(paths)
+        with self.read() as connection:
+            for start in range(0, len(wanted), _AT_ONCE):
+                some = record.c.path.in_(wanted[start : start + _AT_ONCE])
+                found += connection.execute(select(record.c.path).where(record.c.spool == spool, some)).scalars()
+        return found
 
     # Which directory the root is
 
