@@ -169,7 +169,7 @@ def test_directories_and_files_that_come_in_a_rush_are_all_noticed(watch: Watch)
     writing = threading.Thread(target=save_all, args=(watch.bench, 150))
     writing.start()
 
-    watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 150}}, "all are queued")
+    watch.until(lambda: watch.bench.ledger.counts() == {NAME: {"queued": 150}}, "all are queued", timeout_s=90)
     writing.join()
 
 
