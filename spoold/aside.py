@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from urllib.parse import quote, unquote
 
 from spoold.digest import Digester
-from spoold.errors import SpooldError, Vanished
+from spoold.errors import Changed, Refused, SpooldError, StillOpen, Vanished
 from spoold.model import HOUSE, BatchFile, Identity
 from spoold.renames import rename_noreplace
 from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
@@ -56,8 +56,11 @@ class AsideDirectory:
         Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
         """
         assert file.aside_name is not None, "it lies aside"
-        with self.directory() as aside:
-            fd = open_regular(aside, file.aside_name, file.file.path)
+        try:
+            with self.directory() as aside:
+                fd = open_regular(aside, file.aside_name, file.file.path)
+        except (Changed, Refused, StillOpen) as why:  # it took the file's name in the moment before the rename
+            return str(why)
         try:
             before = os.fstat(fd)
             if is_open_for_writing(fd):

@@ -20,7 +20,18 @@ import structlog
 
 from spoold.aside import AsideDirectory, aside_name, parse_aside_name
 from spoold.clock import Ages, Clock
-from spoold.errors import Changed, ClaimLost, Halt, Refused, SpooldError, Stale, StoreUnavailable, Unproven, Vanished
+from spoold.errors import (
+    Changed,
+    ClaimLost,
+    Halt,
+    Refused,
+    SpooldError,
+    Stale,
+    StillOpen,
+    StoreUnavailable,
+    Unproven,
+    Vanished,
+)
 from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
 from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing
@@ -200,13 +211,14 @@ class Cleaner:
             return waits
         self._demand_claim()
         self._ledger.set_aside(claim, ready)
-        for number, file in enumerate(ready):
+        faults = []
+        for file in ready:
             try:
                 is_aside = self._aside.take(file)
-            except OSError:
-                for each in ready[number:]:
-                    self._ledger.not_aside(each)
-                raise
+            except OSError as error:  # of this one: the others go on
+                self._ledger.not_aside(file)
+                faults.append(fault_of(error, "set aside", file.file.path))
+                continue
             if is_aside:
                 self._aside_since[str(file.aside_name)] = self._clock.monotonic()
                 waits.append(Due(self._rules.grace_s, "grace"))
@@ -215,6 +227,8 @@ class Cleaner:
             else:
                 self._ledger.not_aside(file)
                 waits.append(Due(_LOOK_AGAIN_S, "min_age"))
+        if faults:
+            raise faults[0]
         return waits
 
     def tell_no_leases(self) -> None:
@@ -236,6 +250,8 @@ class Cleaner:
             with self._spool.opened(file.file) as fd:
                 is_open = is_open_for_writing(fd)
                 return Writers.UNKNOWN if is_open is None else Writers.SOME if is_open else Writers.NONE
+        except StillOpen:
+            return Writers.SOME
         except (Vanished, Changed):
             return None
 

@@ -24,6 +24,7 @@ from spoold.errors import ConfigError, LedgerUnavailable, SpooldError
 from spoold.explain import Explainer, NoSpoolHasIt, find
 from spoold.ledger import Ledger
 from spoold.owner import OWNERS, living
+from spoold.printable import printable
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_CONFIG = 0, 64, 65, 69, 70, 75, 78
 DEFAULT_CONFIG = "/etc/spoold/config.yaml"
@@ -181,7 +182,7 @@ def why(file: str, path: str, spool: str | None) -> int:
         answer = explainer.why(relative)
     except NoSpoolHasIt as error:
         answer = f"{error}, so it is none of spoold's business; {error.hint}."
-    click.echo(answer.encode("utf-8", "backslashreplace").decode())
+    click.echo(printable(answer))
     return EX_OK
 
 
@@ -208,10 +209,10 @@ def wait(file: str, record: str, timeout_s: float, spool: str | None) -> int:
         if standing == "proven":
             return EX_OK
         if standing in ("dead", "gone"):
-            click.echo(explainer.why(relative), err=True)
+            click.echo(printable(explainer.why(relative)), err=True)
             return EX_UNAVAILABLE
         if time.monotonic() >= deadline:
-            click.echo(f"{relative} is not proven after {timeout_s:g} s: {standing}", err=True)
+            click.echo(printable(f"{relative} is not proven after {timeout_s:g} s: {standing}"), err=True)
             return EX_TEMPFAIL
         time.sleep(0.1)
         if explainer.has_no_ledger:
@@ -237,9 +238,9 @@ def retry(file: str, records: tuple[str, ...], everything: bool, as_is: bool, sp
     paths = [_record(explainers, record) for record in records] if records else None
     chosen = _ledger(settings).retry(paths, spool=spool, as_is=as_is)
     for record in chosen:
-        click.echo(f"{record} {_after_retry(settings, record, spool, as_is)}")
+        click.echo(printable(f"{record} {_after_retry(settings, record, spool, as_is)}"))
     for path in sorted(set(paths or ()) - set(chosen)):
-        click.echo(f"{path}: nothing of it is waiting; see: spoold status {path}", err=True)
+        click.echo(printable(f"{path}: nothing of it is waiting; see: spoold status {path}"), err=True)
     if not chosen and paths is None:
         click.echo("nothing is waiting")
     return EX_OK
@@ -289,7 +290,7 @@ def main() -> None:
         click.echo(str(error), err=True)
         code = EX_CONFIG
     except SpooldError as error:
-        click.echo(f"spoold: {error}" + (f"; {error.hint}" if error.hint else ""), err=True)
+        click.echo(printable(f"spoold: {error}" + (f"; {error.hint}" if error.hint else "")), err=True)
         code = EX_UNAVAILABLE
     except SystemExit:  # click's answer to a reader that left early, as in `spoold status | head -1`
         code = EX_OK
@@ -418,13 +419,13 @@ def _dry_run(settings: config.Settings) -> int:
     goes = stays = 0
     for explainer in _explainers(settings, ledger, None):
         for planned in explainer.plan():
-            path = planned.path.encode("utf-8", "backslashreplace").decode()
+            path = printable(planned.path)
             if planned.key is not None:
                 goes += 1
-                click.echo(f"{planned.spool}: {path} -> s3://{planned.bucket}/{planned.key}")
+                click.echo(printable(f"{planned.spool}: {path} -> s3://{planned.bucket}/{planned.key}"))
             else:
                 stays += 1
-                click.echo(f"{planned.spool}: {path} stays: {planned.reason}")
+                click.echo(printable(f"{planned.spool}: {path} stays: {planned.reason}"))
     click.echo(f"{goes} would go up, {stays} would stay; nothing was touched")
     return EX_OK
 
@@ -434,7 +435,7 @@ def _status_of(settings: config.Settings, ledger: Ledger, record: str, spool: st
     path = _record(list(explainers.values()), record)
     rows = ledger.record_status(path, spool=spool)
     if not rows:
-        click.echo(f"spoold: record {path} is not known; see: spoold why {path}", err=True)
+        click.echo(printable(f"spoold: record {path} is not known; see: spoold why {path}"), err=True)
         return EX_UNAVAILABLE
     cards = []
     for row in rows:

@@ -43,13 +43,14 @@ def judge(
     """
     everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
     youngest_s = min((age_s(file.identity) for file in everything), default=0.0)
+    newest_ns = max((file.identity.ctime_ns for file in snapshot.files), default=0)
     verdicts = []
     by_basename = sorted(snapshot.files, key=lambda file: file.basename)
     for basename, group in groupby(by_basename, key=lambda file: file.basename):
         files = list(group)
         if all(known.get(file.path) == file.identity for file in files):
             continue
-        decided_by, reason = ("as-is", "") if as_is else _decide(snapshot, files, rules, has_original)
+        decided_by, reason = ("as-is", "") if as_is else _decide(snapshot, files, rules, has_original, newest_ns)
         vetoed_by = None
         if decided_by is not None and youngest_s < rules.settle_s:
             vetoed_by, reason = "quiet", f"something in it changed {youngest_s:.1f} s ago, less than `settle`"
@@ -57,14 +58,16 @@ def judge(
     return verdicts
 
 
-def _decide(snapshot: Snapshot, files: list[SpooledFile], rules: Rules, has_original: bool) -> tuple[str | None, str]:
+def _decide(
+    snapshot: Snapshot, files: list[SpooledFile], rules: Rules, has_original: bool, newest_ns: int
+) -> tuple[str | None, str]:
     """Say who decides that these files of one basename are all there are, or None and what is missing."""
     styles = rules.styles_for(snapshot.attachment)
     present = {file.style for file in files}
     if rules.marker is not None:
         if snapshot.marker is None:
             return None, f"its marker {rules.marker} is not there"
-        if any(file.identity.ctime_ns > snapshot.marker.identity.ctime_ns for file in snapshot.files):
+        if newest_ns > snapshot.marker.identity.ctime_ns:
             return None, f"a file is newer than its marker {rules.marker}"
     if styles is not None:
         if ORIGINAL not in present:

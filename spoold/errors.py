@@ -66,6 +66,10 @@ class BadPath(Refused):
     """A path from which no key can be made."""
 
 
+class NoAccess(BadPath):
+    """The daemon's user may not get at it. Before its upload it is waited for: an app's chmod may be under way."""
+
+
 class Crashed(Refused):
     """Walks of this batch killed their process as often as `upload.retry.crashes` allows."""
 

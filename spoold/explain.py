@@ -15,7 +15,7 @@ from spoold import completeness, config
 from spoold.clock import Clock, iso
 from spoold.errors import BadPath, SpooldError
 from spoold.ledger import Known, Ledger
-from spoold.looker import verdicts_of, with_veto
+from spoold.looker import by_basename, reasons_of, verdicts_of, with_veto
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
 from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
 
@@ -154,19 +154,19 @@ class Explainer:
 
     def _why_new(self, path: str, snapshot: Snapshot, known: Known) -> str:
         """Why files that no batch answers for are still here: judged anew, as the daemon would."""
-        reasons = []
+        waiting = []
         for verdict in self._judge(snapshot, known):
             if verdict.refused:
                 return f"{path} stays: {verdict.reason}."
             if not verdict.is_complete:
-                reasons.append(f"{verdict.basename}: {verdict.reason}")
-        if not reasons:
+                waiting.append(verdict)
+        if not waiting:
             return (
                 f"{path} is complete and not accepted yet: a running daemon does so within moments, "
                 f"at the latest at its next sweep (every {self._settings.sweep_every:g} s)."
             )
         return (
-            f"{path} waits because record {snapshot.record} is not complete ({'; '.join(reasons)}); it goes up as soon as "
+            f"{path} waits because record {snapshot.record} is not complete ({reasons_of(waiting)}); it goes up as soon as "
             f"that changes, or as it lies with: spoold retry --as-is {snapshot.record}"
         )
 
@@ -336,7 +336,9 @@ class Explainer:
             return max(0.0, self._clock.now() - identity.ctime_ns / 1e9)
 
         verdicts = verdicts_of(self.spool, self._rules, snapshot, known, age_s=age_s)
-        return [with_veto(self.spool, self._settings.complete.images, snapshot, verdict) for verdict in verdicts]
+        files_of = by_basename(snapshot)
+        images = self._settings.complete.images
+        return [with_veto(self.spool, images, files_of[verdict.basename], verdict) for verdict in verdicts]
 
     def _key_of(self, file: SpooledFile) -> str | None:
         place = self.spool.layout.parse(file.path)

@@ -28,9 +28,11 @@ from spoold.template import (
     scan,
 )
 
-__all__ = ["MAX_KEY_BYTES", "BadTemplate", "Layout", "Place", "id_partition", "interpolate", "split_filename"]
+__all__ = ["DEEPEST", "MAX_KEY_BYTES", "BadTemplate", "Layout", "Place", "id_partition", "interpolate", "split_filename"]
 
 MAX_KEY_BYTES = 1024
+DEEPEST = 64
+"""How many directories deep a file may lie: with :class there would be no end of records in a tree without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +208,14 @@ class Layout:
 
     def may_lead_to_record(self, directory: str) -> bool:
         """Say whether a file below this directory could fit; "" is the root."""
-        return not directory or (not _leads_nowhere(directory) and self._leads.fullmatch(directory) is not None)
+        return not directory or (_is_found(directory) and self._leads.fullmatch(directory) is not None)
 
     def records_touched_by(self, path: str, *, is_directory: bool) -> list[str]:
         """Return the directories that may be records and hold `path`, or are it; none for what lies above records.
 
         A file need not fit: a marker in a record's directory concerns that record, and only the deepest that may be one.
         """
-        if _leads_nowhere(path):
+        if not _is_found(path):
             return []
         if not is_directory and (record := self.record_of(path)):
             return [record]
@@ -344,6 +346,15 @@ def _leads_nowhere(path: str) -> bool:
     """Say whether a path is spoold's own, or none that a walk can find."""
     segments = path.split("/")
     return segments[0] == HOUSE or "" in segments or "." in segments or ".." in segments
+
+
+def _is_found(path: str) -> bool:
+    """Say whether a sweep can find this path and take it for a file of the app's: events tell of others too."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return path.count("/") <= DEEPEST and not _leads_nowhere(path)
 
 
 def _demand_legal(path: str, key: str) -> None:

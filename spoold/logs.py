@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -9,6 +10,8 @@ import threading
 from typing import Any, TextIO
 
 import structlog
+
+from spoold.printable import printable
 
 _FIRST_KEYS = ("spool", "record", "batch", "path", "key", "style", "attempt", "files", "size_bytes", "elapsed_s", "due_in_s",
                "error", "detail", "hint")  # fmt: skip
@@ -24,11 +27,12 @@ def configure(*, format: str, level: str, stream: TextIO | None = None) -> None:
         _in_order,
     ]
     if format == "json":
-        renderer: Any = structlog.processors.JSONRenderer(ensure_ascii=False)
+        renderer: Any = structlog.processors.JSONRenderer(serializer=_json)
     else:
         colors = stream.isatty() and "NO_COLOR" not in os.environ
         shared[1] = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
         renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)
+        shared.append(_harmless)
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
@@ -49,6 +53,18 @@ def tell_of_threads() -> None:
             structlog.get_logger().warning("thread.died", detail=f"{name}: {end.exc_value!r}", exc_info=end.exc_value)
 
     threading.excepthook = tell
+
+
+def _json(event: dict[str, Any], **arguments: Any) -> str:
+    """Return one line: also for those who end lines at U+2028, and for terminals that obey U+009B."""
+    text = json.dumps(event, ensure_ascii=False, **arguments)
+    return text if text.isprintable() else "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def _harmless(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Let no terminal obey a file's name; line ends and tabs are written out by what lays out the line."""
+    shown = {name: printable(value, but="\n\r\t") for name, value in event.items() if isinstance(value, str)}
+    return event | shown
 
 
 def _in_order(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:

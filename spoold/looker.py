@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -11,7 +11,7 @@ import structlog
 from spoold import container
 from spoold.clock import Ages
 from spoold.completeness import Rules, judge
-from spoold.errors import Changed, Refused, Vanished
+from spoold.errors import Changed, Refused, StillOpen, Vanished
 from spoold.ledger import Known, Ledger
 from spoold.model import Identity, Oddity, Snapshot, SpooledFile, State, Verdict, fingerprint
 from spoold.spool import Spool, is_open_for_writing
@@ -21,6 +21,7 @@ log = structlog.get_logger()
 _MAX_BACK_OFF_S = 30.0
 _LOOK_AGAIN_S = 1.0
 _REMEMBERED_ODDITIES = 100_000
+_MOST_REASONS = 20
 UNDECODABLE = "an image in it does not decode"
 
 
@@ -81,7 +82,10 @@ class Looker:
                 self._ledger.nothing_waits(self._spool.name, record, is_empty=not snapshot.files)
             return Next()
         judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
-        verdicts = [with_veto(self._spool, self._images, snapshot, verdict, as_is=known.as_is) for verdict in judged]
+        files_of = by_basename(snapshot)
+        verdicts = [
+            with_veto(self._spool, self._images, files_of[verdict.basename], verdict, as_is=known.as_is) for verdict in judged
+        ]
         chosen = {verdict.basename for verdict in verdicts if verdict.is_complete}
         refused = {verdict.basename for verdict in verdicts if verdict.refused}
         if refused >= {file.basename for file in snapshot.files}:
@@ -94,7 +98,7 @@ class Looker:
             decided_by = "refused" if chosen == refused else ",".join(sorted(deciders))
             if self._ledger.offer(self._spool.name, snapshot, files, decided_by=decided_by, is_all=not waiting):
                 self._on_offer()
-        return self._wait_for(snapshot, waiting) if waiting else Next()
+        return self._wait_for(snapshot, waiting, files_of) if waiting else Next()
 
     def report(self, oddity: Oddity) -> None:
         """Say once that a path is none of our business, and why."""
@@ -112,14 +116,14 @@ class Looker:
             if file.basename in chosen or (known.files.get(file.path) == file.identity and not self._spool.refusal(file))
         ]  # fmt: skip
 
-    def _wait_for(self, snapshot: Snapshot, waiting: list[Verdict]) -> Next:
-        files = [file for verdict in waiting for file in _of(snapshot, verdict)]
+    def _wait_for(self, snapshot: Snapshot, waiting: list[Verdict], files_of: dict[str, list[SpooledFile]]) -> Next:
+        files = [file for verdict in waiting for file in files_of[verdict.basename]]
         everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
         age_s = min(self._ages.age_s(file.identity) for file in everything)
         is_stalled = age_s >= self._within_s or all(verdict.refused for verdict in waiting)
         is_settling = any(verdict.vetoed_by == "quiet" for verdict in waiting)
         # How long it has been quiet changes with every look: no news for the ledger.
-        reasons = "; ".join(f"{verdict.basename}: {verdict.reason}" for verdict in waiting if verdict.vetoed_by != "quiet")
+        reasons = reasons_of(verdict for verdict in waiting if verdict.vetoed_by != "quiet")
         self._ledger.see(
             self._spool.name, snapshot, files, state="stalled" if is_stalled else "receiving",
             reason=reasons or "it is still changing",
@@ -139,8 +143,9 @@ def verdicts_of(
     So is what was found not to decode: it is vetoed for as long as it stays as it is.
     """
     verdicts = judge(snapshot, rules, known=known.files, has_original=known.has_original, age_s=age_s, as_is=known.as_is)
+    files_of = by_basename(snapshot)
     refusals = {
-        verdict.basename: next((why for file in _of(snapshot, verdict) if (why := spool.refusal(file))), None)
+        verdict.basename: next((why for file in files_of[verdict.basename] if (why := spool.refusal(file))), None)
         for verdict in verdicts
     }
     verdicts = [
@@ -149,17 +154,17 @@ def verdicts_of(
     ]
     return [
         replace(verdict, vetoed_by="images", reason=UNDECODABLE)
-        if verdict.is_complete and fingerprint(_of(snapshot, verdict)) in known.vetoed
+        if verdict.is_complete and known.vetoed and fingerprint(files_of[verdict.basename]) in known.vetoed
         else verdict
         for verdict in verdicts
     ]
 
 
-def with_veto(spool: Spool, images: str, snapshot: Snapshot, verdict: Verdict, *, as_is: bool = False) -> Verdict:
+def with_veto(spool: Spool, images: str, files: Iterable[SpooledFile], verdict: Verdict, *, as_is: bool = False) -> Verdict:
     """Open the files of a basename that would be complete: is each image whole, does nobody write? Return what holds then."""
     if not verdict.is_complete:
         return verdict
-    for file in _of(snapshot, verdict):
+    for file in files:
         veto: tuple[str, str] | None = None
         try:
             with spool.opened(file) as fd:
@@ -169,12 +174,23 @@ def with_veto(spool: Spool, images: str, snapshot: Snapshot, verdict: Verdict, *
                     veto = "lease", f"{file.style}/{file.filename} is open for writing"
         except (Changed, Vanished) as gone:
             veto = "quiet", str(gone)
-        except Refused as refused:
-            veto = "lease", str(refused)
+        except (Refused, StillOpen) as why_not:
+            veto = "lease", str(why_not)
         if veto is not None:
             return replace(verdict, vetoed_by=veto[0], reason=veto[1])
     return verdict
 
 
-def _of(snapshot: Snapshot, verdict: Verdict) -> list[SpooledFile]:
-    return [file for file in snapshot.files if file.basename == verdict.basename]
+def by_basename(snapshot: Snapshot) -> dict[str, list[SpooledFile]]:
+    """Return a record's files by what groups them; a record may hold thousands."""
+    groups: dict[str, list[SpooledFile]] = {}
+    for file in snapshot.files:
+        groups.setdefault(file.basename, []).append(file)
+    return groups
+
+
+def reasons_of(verdicts: Iterable[Verdict]) -> str:
+    """Return why these are not complete, for a person: of very many, the first few."""
+    reasons = [f"{verdict.basename}: {verdict.reason}" for verdict in verdicts]
+    more = len(reasons) - _MOST_REASONS
+    return "; ".join([*reasons[:_MOST_REASONS], *([f"and {more} more"] if more > 0 else [])])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -32,10 +33,13 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from spoold.clock import Clock
+from spoold.errors import Stale
 from spoold.model import HOUSE
 from spoold.spool import CANARY, Spool
 
 warnings.filterwarnings("ignore", module=r"watchdog\..*")  # one of them can be 5.8 MB (FACTS 14)
+# watchdog looks for directories with os.walk, which calls itself for each level in Python 3.11; a path has 2,048 at most.
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 10_000))
 
 _EVENTS: list[type[FileSystemEvent]] = [
     FileClosedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent, DirCreatedEvent, DirMovedEvent, DirDeletedEvent,
@@ -146,7 +150,7 @@ class Observing:
             path = os.path.relpath(absolute, root)
             if path.split("/", 1)[0] == HOUSE:
                 self.is_canary_heard = self.is_canary_heard or path == f"{HOUSE}/{CANARY}"
-            elif path != "." and not path.startswith(".."):
+            elif path not in (".", "..") and not path.startswith("../"):
                 yield path, is_directory
 
     # Whether it can be trusted
@@ -180,7 +184,7 @@ class Observing:
         self._sang_at = self._clock.monotonic()
         try:
             self._spool.sing()
-        except OSError:
+        except (OSError, Stale):
             self.is_canary_heard = False  # the root is on its way out; the next look at it tells
 
     def watched(self) -> frozenset[int] | None:

@@ -15,6 +15,7 @@ from spoold.errors import (
     GaveUp,
     Halt,
     LedgerUnavailable,
+    NoAccess,
     Refused,
     SpooldError,
     Stale,
@@ -124,7 +125,7 @@ class Pipeline:
             case Missing():
                 self._ledger.reopen(claim, fault.keys, fault)
                 return Outcome.DEFERRED
-            case Stale():
+            case Stale() | NoAccess() if isinstance(fault, Stale) or claim.batch.state is State.PENDING:
                 self._ledger.withdraw(claim, fault, vetoed=fault.basenames if isinstance(fault, Unfinished) else ())
                 parts.touch(claim.batch.record)
                 return Outcome.STALE

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from spoold.errors import BadPath, Changed, SpoolBroken, SpooldError, Vanished
-from spoold.layout import Layout
+from spoold.errors import BadPath, Changed, NoAccess, SpoolBroken, SpooldError, StillOpen, Vanished
+from spoold.layout import DEEPEST, Layout
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
+from spoold.mounts import mount_of
 
 T = TypeVar("T")
 
@@ -26,11 +27,15 @@ ASIDE = "aside"
 KEPT = "kept"
 CANARY = "canary"
 _OWNER = "owner"
+_LONGEST_MARK = 200
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "afs")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # of whatever it is, without opening that
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_OWN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNREADABLE = "the daemon's user may not read it"
-_MOUNTED = "another filesystem is mounted there"
+_MOUNTED = "something else is mounted there"
+_TOO_DEEP = f"it lies more than {DEEPEST} directories deep"
 
 
 class Spool:
@@ -65,14 +70,14 @@ class Spool:
     def _descend(self, path: str) -> int:
         fd = self._open_root()
         try:
-            device = os.fstat(fd).st_dev
+            here = _place_of(fd)
             for part in filter(None, path.split("/")):
                 if part == "..":
                     raise Vanished(f"open {path}: it leads out of the spool")
                 inner = os.open(part, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = inner
-                if os.fstat(fd).st_dev != device:
+                if _place_of(fd) != here:
                     raise Vanished(f"open {path}: {_MOUNTED}")
         except OSError as error:
             os.close(fd)
@@ -180,6 +185,7 @@ class Spool:
 
     def _files_below(self, fd: int, path: str, depth: int) -> Iterator[tuple[str, Identity] | Oddity]:
         """Yield each regular file at most `depth` levels below, and whatever else is odd there."""
+        here = _place_of(fd)
         for entry, where in self._entries(fd, path):
             if isinstance(entry, Oddity):
                 yield entry
@@ -198,11 +204,16 @@ class Spool:
             else:
                 try:
                     status = entry.stat(follow_symlinks=False)
+                    is_mount = (status.st_dev, mount_of(fd, entry.name)) != here
                 except FileNotFoundError:
                     continue
                 except OSError as error:
                     raise fault_of(error, "look at", where) from error
-                if stat.S_ISREG(status.st_mode):
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if is_mount:
+                    yield Oddity(where, _MOUNTED)
+                else:
                     yield where, Identity.of(status)
 
     def records(self, below: str = "", *, met: Callable[[str, int], None] | None = None) -> Iterator[str | Oddity]:
@@ -211,7 +222,8 @@ class Spool:
         A record may be yielded more than once. met: called with path and inode of each directory that is walked.
         Raises SpoolBroken as `look` does.
         """
-        yield from self._walked(below, lambda fd, path: self._records(fd, path, met))
+        if self.layout.may_lead_to_record(below):  # else it is odd, and told by whoever sweeps what lies above
+            yield from self._walked(below, lambda fd, path: self._records(fd, path, met))
 
     def _walked(self, path: str, walk: Callable[[int, str], Iterator[T | Oddity]]) -> Iterator[T | Oddity]:
         """Yield what `walk` finds in a directory: nothing if it is not there, an Oddity if it may not be read."""
@@ -236,6 +248,9 @@ class Spool:
                     continue
                 if not self.layout.may_lead_to_record(where):
                     yield Oddity(where, "no file below it could fit the spool's layout")
+                    continue
+                if where.count("/") >= DEEPEST:  # each level keeps a descriptor open while what is below it is swept
+                    yield Oddity(where, _TOO_DEEP)
                     continue
                 try:
                     with self._inner(fd, entry.name, where) as inner:
@@ -274,7 +289,7 @@ class Spool:
         except OSError as error:
             raise fault_of(error, "open", path) from error
         try:
-            if os.fstat(inner).st_dev != os.fstat(fd).st_dev:
+            if _place_of(inner) != _place_of(fd):
                 raise Vanished(_MOUNTED)
             yield inner
         finally:
@@ -300,14 +315,16 @@ class Spool:
     def move_in(self, ledger_id: str) -> None:
         """Make `.spoold/` with all it needs, and mark the spool as this ledger's.
 
+        What stands there must be ours alone: who may write into the root may have put a link there, and we may be root.
         Raises SpoolBroken if it cannot, or if the spool belongs to another ledger (contract, rule 9).
         """
-        self.root_identity()
         try:
-            for path in (self.house, self.house / ASIDE, self.house / KEPT):
-                path.mkdir(mode=0o700, exist_ok=True)
-            (self.house / CANARY).touch(mode=0o600)
-            owner = self._mark(ledger_id)
+            with self._own_house() as house:
+                for name in (ASIDE, KEPT):
+                    with self._own_directory(house, name, self.house / name):
+                        pass
+                os.close(self._own_file(house, CANARY, os.O_WRONLY | os.O_CREAT))
+                owner = self._mark(house, ledger_id)
         except OSError as error:
             raise SpoolBroken(
                 f"write into {self.house}: {error.strerror}",
@@ -327,24 +344,92 @@ class Spool:
         except OSError as error:
             raise SpoolBroken(f"look at {self.house}: {error.strerror}") from error
 
-    def _mark(self, ledger_id: str) -> str:
+    @contextlib.contextmanager
+    def _own_house(self) -> Iterator[int]:
+        root = self._open_root()
+        try:
+            with self._own_directory(root, HOUSE, self.house) as house:
+                yield house
+        finally:
+            os.close(root)
+
+    @contextlib.contextmanager
+    def _own_directory(self, parent: int, name: str, path: Path) -> Iterator[int]:
+        """Yield a descriptor of a directory that is nobody's but ours; made if it is not there, private if it was not."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise _planted(path, "it is a link, or no directory") from error
+            raise
+        try:
+            if _place_of(fd) != _place_of(parent):
+                raise _planted(path, _MOUNTED)
+            status = os.fstat(fd)
+            if status.st_uid not in (os.geteuid(), self._uid_of_what_we_make(fd)):
+                raise _planted(path, f"it belongs to user {status.st_uid}, and the daemon runs as user {os.geteuid()}")
+            if stat.S_IMODE(status.st_mode) & 0o077:
+                with contextlib.suppress(OSError):  # there are filesystems without modes
+                    os.fchmod(fd, 0o700)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _own_file(self, house: int, name: str, flags: int) -> int:
+        """Open a regular file of our house. Raises SpoolBroken if it is anything else."""
+        try:
+            fd = os.open(name, flags | _OWN, 0o600, dir_fd=house)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise _planted(self.house / name, "it is no regular file") from error
+            raise
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise _planted(self.house / name, "it is no regular file")
+
+    @staticmethod
+    def _uid_of_what_we_make(directory: int) -> int | None:
+        """Return whose a file is that we make here: where a server or a mount's options decide that, not who we are."""
+        name = f"whose.{uuid.uuid4()}"
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o600, dir_fd=directory)
+        except OSError:
+            return None
+        try:
+            os.unlink(name, dir_fd=directory)
+            return os.fstat(fd).st_uid
+        finally:
+            os.close(fd)
+
+    def _mark(self, house: int, ledger_id: str) -> str:
         """Write the owner's mark if there is none, whole or not at all, and return whose it is."""
-        mark = self.house / _OWNER
-        if not mark.exists():
-            draft = self.house / f"{_OWNER}.{uuid.uuid4()}"  # threads of one daemon may be here at once
-            with open(draft, "w") as file:
+        try:
+            mark = self._own_file(house, _OWNER, os.O_RDONLY)
+        except FileNotFoundError:
+            draft = f"{_OWNER}.{uuid.uuid4()}"  # threads of one daemon may be here at once
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o600, dir_fd=house), "w") as file:
                 file.write(ledger_id + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):
-                os.link(draft, mark)
-            os.unlink(draft)
-        return mark.read_text().strip()
+                os.link(draft, _OWNER, src_dir_fd=house, dst_dir_fd=house, follow_symlinks=False)
+            os.unlink(draft, dir_fd=house)
+            mark = self._own_file(house, _OWNER, os.O_RDONLY)
+        with open(mark, "rb") as file:
+            return file.read(_LONGEST_MARK).decode("utf-8", "backslashreplace").strip()
 
     @property
     def is_at_home(self) -> bool:
         """Our house stands, as far as one look tells."""
-        return (self.house / CANARY).exists() and (self.house / ASIDE).exists()
+        kinds = {CANARY: stat.S_ISREG, ASIDE: stat.S_ISDIR, KEPT: stat.S_ISDIR}
+        try:
+            with self.directory(HOUSE) as house:
+                return all(is_kind(os.lstat(name, dir_fd=house).st_mode) for name, is_kind in kinds.items())
+        except (OSError, SpooldError):
+            return False
 
     def network_filesystem(self) -> str | None:
         """Return the kind of network filesystem that the root lies on, where other machines' changes make no events."""
@@ -358,46 +443,64 @@ class Spool:
         return None
 
     def sing(self) -> None:
-        """Write to the canary: whoever watches the root must hear of it."""
-        (self.house / CANARY).write_bytes(b"")
+        """Write to the canary: whoever watches the root must hear of it. Raises OSError or SpooldError if it cannot."""
+        with self.directory(HOUSE) as house:
+            fd = self._own_file(house, CANARY, os.O_WRONLY | os.O_CREAT)
+            try:
+                os.utime(fd)  # its closing is the event; nothing is cut off, whatever file this may be
+            finally:
+                os.close(fd)
 
     def can_tell_writers(self) -> bool:
         """Say whether this filesystem and user can find out who has a file open for writing, by trying it on our own."""
-        path = self.house / f"lease.{os.getpid()}"
+        name = f"lease.{uuid.uuid4()}"
         try:
-            writer = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                seen = is_open_for_writing(reader)
-                os.close(writer)
-                writer = -1
+            with self.directory(HOUSE) as house, contextlib.ExitStack() as made:
+                with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o600, dir_fd=house), "wb"):
+                    made.callback(os.unlink, name, dir_fd=house)
+                    reader = made.enter_context(open(os.open(name, os.O_RDONLY | _OWN, dir_fd=house), "rb")).fileno()
+                    seen = is_open_for_writing(reader)
                 return seen is True and is_open_for_writing(reader) is False
-            finally:
-                for fd in (writer, reader):
-                    if fd >= 0:
-                        os.close(fd)
-                path.unlink(missing_ok=True)
-        except OSError:
+        except (OSError, SpooldError):
             return False
 
 
-def open_regular(directory: int, name: str, path: str) -> int:
-    """Open a regular file in an open directory for reading, and nothing else. Raises Vanished, Changed or SpoolBroken.
+def names_kept(root: Path) -> list[str]:
+    """Return what lies in `.spoold/kept/` of a root and waits for a person; nothing if we may not look, or it is not ours."""
+    fd = -1
+    try:
+        fd = os.open(os.path.realpath(root), _DIRECTORY)
+        for name in (HOUSE, KEPT):
+            outer, fd = fd, os.open(name, _DIRECTORY, dir_fd=fd)
+            os.close(outer)
+        return sorted(os.listdir(fd))
+    except OSError:
+        return []
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
-    lstat first: opening a device can act on it; fstat after: the name may have been given to another file in between.
+
+def open_regular(directory: int, name: str, path: str) -> int:
+    """Open a regular file in an open directory for reading, and nothing else. Raises Vanished, Changed, BadPath, StillOpen.
+
+    First a descriptor that only names it: what is looked at then is what is opened, whatever gets its name meanwhile.
+    Opening a device can act on it, opening a FIFO wakes who waits at its other end.
     """
     try:
-        before = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if not stat.S_ISREG(before.st_mode):
-            raise Changed(f"open {path}: it is no regular file any more")
-        fd = os.open(name, _FILE, dir_fd=directory)
+        named = os.open(name, _NAME, dir_fd=directory)
     except OSError as error:
         raise fault_of(error, "open", path) from error
-    after = os.fstat(fd)
-    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino) or not stat.S_ISREG(after.st_mode):
-        os.close(fd)
-        raise Changed(f"open {path}: it was replaced at that moment")
-    return fd
+    try:
+        if not stat.S_ISREG(os.fstat(named).st_mode):
+            raise Changed(f"open {path}: it is no regular file any more")
+        if _place_of(named) != _place_of(directory):
+            raise Changed(f"open {path}: {_MOUNTED}")
+        return os.open(f"/proc/self/fd/{named}", _FILE)
+    except OSError as error:
+        raise fault_of(error, "open", path) from error
+    finally:
+        os.close(named)
 
 
 def is_open_for_writing(fd: int) -> bool | None:
@@ -418,11 +521,28 @@ def is_open_for_writing(fd: int) -> bool | None:
 def fault_of(error: OSError, tried: str, path: str) -> SpooldError:
     """Name an OSError for what the daemon does next."""
     message = f"{tried} {path or '.'}: {error.strerror}"
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.ENAMETOOLONG):
         return Vanished(message)
+    if error.errno == errno.EAGAIN:  # what is opened without waiting only says so for a lease
+        return StillOpen(f"{tried} {path}: somebody holds a lease on it, as file servers do for who may write")
     if error.errno in (errno.EACCES, errno.EPERM):
-        return BadPath(message, hint="give the daemon's user access to it, then: spoold retry")
+        immutable = ", or take from it that it is immutable (lsattr, chattr -i)" if error.errno == errno.EPERM else ""
+        return NoAccess(message, hint=f"give the daemon's user access to it{immutable}, then: spoold retry")
+    if error.errno in (errno.EBUSY, errno.EXDEV):
+        return BadPath(f"{message}: {_MOUNTED}", hint="unmount it, then: spoold retry")
     return SpoolBroken(message, hint="look at the disk: dmesg, df -h, df -i, mount")
+
+
+def _place_of(fd: int) -> tuple[int, int | None]:
+    """Return filesystem and mount of an open file: what lies elsewhere is none of the spool's."""
+    return os.fstat(fd).st_dev, mount_of(fd)
+
+
+def _planted(path: Path, what: str) -> SpoolBroken:
+    return SpoolBroken(
+        f"move into {path}: {what}",
+        hint="find out who put it there, save what is yours in it, and move it away: the daemon makes its own",
+    )
 
 
 def _why_odd(entry: os.DirEntry[str]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 import sys
 import time
@@ -19,7 +18,8 @@ from rich.text import Text
 from spoold import config
 from spoold.ledger import STATES, TROUBLE, Ledger
 from spoold.owner import OWNERS, living
-from spoold.spool import KEPT
+from spoold.printable import printable
+from spoold.spool import names_kept
 
 _MOST_TROUBLED = 10
 _ENDLESS = 100_000  # characters in a line
@@ -29,7 +29,6 @@ def overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
     counts, held, stored = ledger.counts(), ledger.held(), ledger.bytes_by_spool()
     spools = []
     for spool in settings.spools:
-        kept = spool.root / ".spoold" / KEPT
         hold = held.get(spool.name)
         objects, size_bytes = stored.get(spool.name, (0, 0))
         spools.append(
@@ -39,7 +38,7 @@ def overview(settings: config.Settings, ledger: Ledger) -> dict[str, Any]:
                 "objects": objects,
                 "bytes": size_bytes,
                 "held": None if hold is None else dict(hold._mapping),
-                "kept": sorted(os.listdir(kept)) if kept.is_dir() and os.access(kept, os.R_OK) else [],
+                "kept": names_kept(spool.root),
             }
         )
     words = living(settings.state_dir / OWNERS)
@@ -69,18 +68,18 @@ def table(overview: dict[str, Any]) -> Group:
         table.add_row(spool["spool"], *cells, str(spool["objects"]), human(spool["bytes"]))
         if hold := spool["held"]:
             remedy = f"; {hold['hint']}" if hold["hint"] else ""
-            notes.append(Text(f"{spool['spool']} is held since {hold['since']}: {hold['error']}{remedy}", style="red"))
+            notes.append(_text(f"{spool['spool']} is held since {hold['since']}: {hold['error']}{remedy}", style="red"))
         for name in spool["kept"]:
             kept = f"{spool['spool']} keeps what came back to a taken name: spoold why .spoold/kept/{shlex.quote(name)}"
-            notes.append(Text(kept, style="yellow"))
-    notes += [Text(f"the daemon says: {fault}", style="red") for fault in overview["faults"]]
+            notes.append(_text(kept, style="yellow"))
+    notes += [_text(f"the daemon says: {fault}", style="red") for fault in overview["faults"]]
     if overview["daemons"] == 0:
         notes.append(Text("no daemon is running with this configuration: spoold run", style="yellow"))
     if not overview["troubled"]:
         return Group(table, *notes)
     troubled = Table(box=None, show_header=False, pad_edge=False)
     for row in overview["troubled"]:
-        troubled.add_row(Text(row["state"], style=styles[row["state"]]), Text(row["path"]), Text(row["error"] or ""))
+        troubled.add_row(Text(row["state"], style=styles[row["state"]]), _text(row["path"]), _text(row["error"] or ""))
     more = sum(spool["states"].get(state, 0) for spool in overview["spools"] for state in TROUBLE) - len(overview["troubled"])
     return Group(table, *notes, "", troubled, *([f"and {more} more"] if more > 0 else []))
 
@@ -92,19 +91,19 @@ def card_of(card: dict[str, Any]) -> Group:
     for name in ("spool", "path", "state", "processing", "version", "files", "bytes", "attempts", "next_attempt_at",
                  "error_code", "error", "first_seen_at", "uploaded_at", "done_at", "why"):  # fmt: skip
         if card[name] is not None:
-            facts.add_row(name, Text(str(card[name])))
+            facts.add_row(name, _text(card[name]))
     parts: list[Any] = [facts]
     objects = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("style", "key", "size", "content_type"):
         objects.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
     for item in card["objects"]:
-        objects.add_row(*(Text(str(item[name])) for name in ("style", "key", "size", "content_type")))
+        objects.add_row(*(_text(item[name]) for name in ("style", "key", "size", "content_type")))
     if card["objects"]:
         parts += ["", objects]
     history = Table(box=None, show_header=False, pad_edge=False)
     for item in card["history"]:
         rest = "  ".join(f"{k}={v}" for k, v in item.items() if k not in ("at", "event") and v not in (None, ""))
-        history.add_row(item["at"], item["event"], Text(rest))
+        history.add_row(item["at"], item["event"], _text(rest))
     return Group(*parts, "", history)
 
 
@@ -124,6 +123,10 @@ def watch(look: Callable[[], dict[str, Any]]) -> None:
         while True:
             time.sleep(0.5)
             live.update(table(look()))
+
+
+def _text(value: object, *, style: str = "") -> Text:
+    return Text(printable(str(value)), style=style)
 
 
 def human(size_bytes: float) -> str:

@@ -622,6 +622,30 @@ def test_an_event_concerns_each_directory_that_may_be_a_record() -> None:
     assert ["u/a/x", "u/a/x/original"] == layout.records_touched_by("u/a/x/original", is_directory=True)
 
 
+def test_a_tree_without_end_is_not_taken_for_as_many_records() -> None:
+    """Each of them would be looked at for each event below it."""
+    layout = Layout(CLASSY, CLASSY)
+    deep = "/d" * 1200
+
+    assert [] == layout.records_touched_by(f"users{deep}", is_directory=True)
+    assert [] == layout.records_touched_by(f"users{deep}/original/cat.jpg", is_directory=False)
+    assert not layout.may_lead_to_record(f"users{deep}")
+    assert layout.records_touched_by("users" + "/d" * 60 + "/42/original/cat.jpg", is_directory=False)
+
+
+CLASSY = ":class/:attachment/:id/:style/:basename.:extension"
+
+
+@pytest.mark.parametrize("path", ["avatars/\udcff", "\udcff/42", "avatars/42/\udcff", "avatars/42/original/\udcff.jpg"])
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_an_event_of_a_name_that_is_no_utf_8_touches_no_record(path: str, is_directory: bool) -> None:
+    """The kernel tells of it; a sweep never finds it, and the ledger could not write it down."""
+    layout = Layout(SIMPLE, SIMPLE)
+
+    assert [] == layout.records_touched_by(path, is_directory=is_directory)
+    assert not layout.may_lead_to_record(path)
+
+
 def test_the_record_of_a_file_is_told_by_its_path() -> None:
     layout = Layout(SIMPLE, SIMPLE)
 

@@ -87,3 +87,18 @@ def test_a_thread_that_dies_is_told_in_one_line_like_everything_else() -> None:
     [line] = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert ("thread.died", "reader: KeyError('avatars/42')") == (line["event"], line["detail"])
     assert "Traceback" in line["exception"]
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_no_terminal_obeys_a_name_and_a_line_stays_one(format: str) -> None:
+    """Whoever uploads chooses it: U+009B begins a sequence as ESC [ does, and many end their lines at U+2028."""
+    stream = io.StringIO()
+    logs.configure(format=format, level="info", stream=stream)
+    name = "a\x1b]0;b\x07\x7f\x85\x9b31m\u2028\u202e.jpg"
+
+    structlog.get_logger().info("file.stored", path=name, detail=f"put {name}: no\nnever")
+
+    [line] = stream.getvalue().splitlines()
+    assert line.isprintable()
+    if format == "json":
+        assert name == json.loads(line)["path"]

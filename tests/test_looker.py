@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,6 +254,31 @@ def test_a_file_that_may_not_be_read_yet_waits(bench: Bench) -> None:
 
     assert ("receiving", "queued") == (while_shut, bench.state())
     assert again.in_s is not None and again.in_s <= 30
+
+
+def test_a_file_that_a_lease_is_held_on_waits_and_the_watcher_lives(bench: Bench) -> None:
+    save(bench, "original/cat.jpg")
+    looker = bench.looker()
+    holder = os.open(bench.root / RECORD / "original/cat.jpg", os.O_RDWR)
+    fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    settled(bench, looker)
+    while_held, why = bench.state(), reason(bench)
+    os.close(holder)
+    settled(bench, looker)
+
+    assert "receiving" == while_held and "lease" in why
+    assert "queued" == bench.state()
+
+
+def test_of_very_many_that_are_incomplete_the_first_few_are_named(bench: Bench) -> None:
+    for number in range(500):
+        save(bench, f"original/cat{number:03}.jpg")
+
+    settled(bench, bench.looker(styles=["thumb"]))
+
+    assert "cat000: style thumb missing; cat001: " in reason(bench)
+    assert reason(bench).endswith("; and 480 more")
 
 
 def decode_fails(bench: Bench, basename: str) -> None:
@@ -588,9 +614,8 @@ def test_a_root_that_is_gone_is_told_and_nothing_is_inferred(bench: Bench) -> No
 
 def test_a_ledger_that_is_gone_is_told(bench: Bench) -> None:
     save(bench, "original/cat.jpg")
-    bench.ledger_file.unlink()
 
-    with pytest.raises(LedgerUnavailable):
+    with bench.ledger_away(), pytest.raises(LedgerUnavailable):
         bench.looker().look(RECORD)
 
 
@@ -607,7 +632,7 @@ def test_a_file_that_goes_away_under_our_eyes_waits_for_another_look(bench: Benc
     [verdict] = verdicts_of(bench.spool, looker._rules, snapshot, known, age_s=bench.ages.age_s)
     (bench.root / RECORD / "thumb/cat.jpg").unlink()
 
-    found = with_veto(bench.spool, "ends", snapshot, verdict)
+    found = with_veto(bench.spool, "ends", snapshot.files, verdict)
 
     assert ("quiet", False) == (found.vetoed_by, found.is_complete)
     assert State.PENDING is not known.state

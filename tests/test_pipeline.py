@@ -277,6 +277,25 @@ def test_a_file_that_can_have_no_key_is_dead(tmp_path: Path, proxy: FaultProxy) 
         assert (Outcome.DEAD, "dead", "BadPath") == (outcome, *status(bench, "state", "error_code"))
 
 
+@pytest.mark.parametrize("place", [ORIGINAL, f"{RECORD}/original", RECORD, "avatars"])
+def test_what_may_not_be_read_at_that_moment_is_waited_for(bench: Bench, place: str) -> None:
+    """An app's chmod may be under way. A grave would be for ever: of a directory that may be read again no file changes."""
+    claim = offered(bench)
+    path = bench.root / place
+    mode = path.stat().st_mode
+    path.chmod(0)
+
+    outcome = in_a_world(lambda: bench.pipeline().walk(claim), without_root_powers)
+    state, reason = bench.state(), bench.rows("SELECT reason FROM sighting")[0]["reason"]
+    path.chmod(mode)
+    bench.offer()
+    bench.pipeline().walk(bench.claimed())
+
+    assert (Outcome.STALE, "receiving", [RECORD]) == (outcome, state, bench.touched)
+    assert "Permission denied" in reason
+    assert "uploaded" == bench.state()
+
+
 # Halt: the destination, or the disk
 
 
@@ -545,7 +564,7 @@ def test_a_directory_that_may_not_be_written_is_tried_again_later(bench: Bench) 
     (bench.root / RECORD / "original").chmod(0o755)
     walk_on(bench, bench.pipeline())
 
-    assert (Outcome.DEFERRED, ("uploaded", "BadPath")) == (outcome, deferred)
+    assert (Outcome.DEFERRED, ("uploaded", "NoAccess")) == (outcome, deferred)
     assert ("done", []) == (bench.state(), bench.files())
 
 
@@ -593,6 +612,7 @@ def test_a_ledger_that_is_gone_is_told_and_the_claim_is_still_ours(bench: Bench,
         pipeline.walk(claim)
     files = bench.files()
     put_back[0]()
+    bench.clock.advance(10)
     bench.ledger.put_back(claim)
     walk_on(bench, pipeline)
 

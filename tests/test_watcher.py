@@ -17,6 +17,7 @@ from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreUnav
 from spoold.looker import Looker, Next
 from spoold.model import HOUSE
 from spoold.watcher import Watcher
+from tests.hostile import deep_tree
 from tests.paperclip import App, How, picture
 from tests.parts import (
     NAME,
@@ -129,6 +130,36 @@ def save(bench: Bench, record: str = RECORD, *, directory: Path | None = None) -
 
 
 # Hints
+
+
+def test_names_that_are_no_utf_8_and_come_while_we_watch_do_not_end_the_watch(watch: Watch) -> None:
+    """The kernel tells of them at once; the ledger cannot write them down, and the daemon died of it."""
+    root = os.fsencode(watch.bench.root)
+    for path in (b"avatars/\xff/original/cat.jpg", b"\xfe/42/original/cat.jpg", b"avatars/42/original/\xfd.jpg"):
+        os.makedirs(os.path.join(root, os.path.dirname(path)), exist_ok=True)
+        with open(os.path.join(root, path), "wb") as file:
+            file.write(JPEG)
+    save(watch.bench)
+
+    watch.until_state("queued")
+
+    watch.turn(20)
+
+
+def test_a_name_that_begins_with_two_dots_is_heard_of(watch: Watch) -> None:
+    save(watch.bench, "..avatars/42")
+
+    watch.until_state("queued", record="..avatars/42")
+
+
+def test_a_tree_deeper_than_python_can_call_is_watched(bench: Bench) -> None:
+    """os.walk, by which watchdog finds directories, calls itself for each level."""
+    watch = Watch(bench)
+    with deep_tree(bench.root / "deep", 1200):
+        watch.swept()
+        save(bench)
+        watch.until_state("queued")
+    watch.watcher.close()
 
 
 @pytest.mark.parametrize("how", ["rename", "copy", "close_before_rename"])

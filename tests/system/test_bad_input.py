@@ -135,7 +135,7 @@ def test_rule_12_a_foreign_mount_is_reported_once_and_not_entered(rclone_server:
         site.until_state(RECORD, "done")
         swept(daemon)
 
-        assert "another filesystem" in ignored(daemon)["avatars/43/original"]
+        assert "is mounted there" in ignored(daemon)["avatars/43/original"]
 
     assert {ME: photo(1)} == site.objects()
 
