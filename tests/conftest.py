@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.paperclip import App
-from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer
+from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer, StrictServer
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -78,6 +78,13 @@ def moto_server(no_process_is_left: None, environment: None) -> Iterator[MotoSer
 def rclone_server(tmp_path: Path) -> Iterator[RcloneServer]:
     """An rclone of the test's own, over `tmp_path/s3`."""
     with RcloneServer(tmp_path / "s3") as server:
+        yield server
+
+
+@pytest.fixture
+def strict_server() -> Iterator[StrictServer]:
+    """A strict S3 of the test's own."""
+    with StrictServer() as server:
         yield server
 
 

@@ -1,7 +1,8 @@
-"""Real S3 servers, as processes: moto for breadth, rclone for reality (FACTS 22)."""
+"""S3 servers, as processes: moto for breadth, rclone for reality, a strict one of our own to be judged by (FACTS 22)."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -169,6 +171,49 @@ class RcloneServer(Server):
 
     def _environment(self) -> dict[str, str]:
         return {"RCLONE_AUTH_KEY": f'"{self.access_key},{self.secret_key}"'}
+
+
+class StrictServer(Server):
+    """Our own double of S3, `tests/strict_s3.py`: refuses what S3 refuses, and tells of it. All in memory.
+
+    certificate: a PEM file with key and certificate; it speaks TLS then.
+    """
+
+    def __init__(self, *, certificate: Path | None = None) -> None:
+        super().__init__()
+        self._certificate = certificate
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"{'https' if self._certificate else 'http'}://127.0.0.1:{self.port}"
+
+    def set(self, **settings: Any) -> None:
+        """Change `tests.strict_s3.Settings` from now on."""
+        self._own("PUT", "settings", json.dumps(settings).encode())
+
+    def refused(self, *, but: Sequence[str] = ()) -> list[str]:
+        """Return what it refused so far, as "PUT /bucket/key: BadDigest: why". but: codes that are left out."""
+        told = [entry for entry in self._own("GET", "report")["refused"] if entry["code"] not in but]
+        return ["{method} {path}: {code}: {message}".format_map(entry) for entry in told]
+
+    def verified(self) -> dict[str, int]:
+        """Return how often it has found right: signature, payload, md5, nothing, crc32, …, whole crc32, …"""
+        return dict(self._own("GET", "report")["verified"])
+
+    def kept(self, bucket: str, key: str) -> dict[str, str]:
+        """Return the headers, in small letters, with which the object was put that is there now."""
+        return dict(self._own("GET", "report")["kept"][f"{bucket}/{key}"])
+
+    def _own(self, method: str, name: str, body: bytes | None = None) -> dict[str, Any]:
+        assert not self._certificate, "only without TLS"
+        request = urllib.request.Request(f"{self.endpoint_url}/-/{name}", method=method, data=body)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return dict(json.load(answer))
+
+    def _command(self) -> list[str]:
+        program = Path(__file__).with_name("strict_s3.py")
+        certificate = [str(self._certificate)] if self._certificate else []
+        return [sys.executable, str(program), str(self.port), self.access_key, self.secret_key, self.region, *certificate]
 
 
 _session = boto3.session.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
