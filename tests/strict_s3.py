@@ -635,7 +635,9 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
     def _body(self, headers: dict[str, str]) -> bytes:
-        """Source: Error responses: S3 takes no body without a Content-Length."""
+        """Source: Error responses: S3 takes no body without a Content-Length, unless it is aws-chunked and told that way."""
+        if "transfer-encoding" in headers and "x-amz-decoded-content-length" in headers:
+            return b"".join(iter(self._chunk, b""))
         if "transfer-encoding" in headers:
             self.close_connection = True
             raise Refused("NotImplemented", "a header you provided implies functionality that is not implemented")
@@ -646,6 +648,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             raise Refused("IncompleteBody", f"{len(body)} bytes came of {size}")
         return body
+
+    def _chunk(self) -> bytes:
+        chunk = self.rfile.read(int(self.rfile.readline().partition(b";")[0], 16))
+        self.rfile.readline()
+        return chunk
 
     def _own(self, request: Request) -> Answer:
         if request.path == "/-/settings":
