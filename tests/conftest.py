@@ -81,11 +81,17 @@ def rclone_server(tmp_path: Path) -> Iterator[RcloneServer]:
         yield server
 
 
-@pytest.fixture
-def strict_server() -> Iterator[StrictServer]:
-    """A strict S3 of the test's own."""
+@pytest.fixture(scope="session")
+def _strict_server(no_process_is_left: None, environment: None) -> Iterator[StrictServer]:
     with StrictServer() as server:
         yield server
+
+
+@pytest.fixture
+def strict_server(_strict_server: StrictServer) -> StrictServer:
+    """A strict S3 that has forgotten all tests before."""
+    _strict_server.reset()
+    return _strict_server
 
 
 @pytest.fixture

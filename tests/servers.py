@@ -191,6 +191,10 @@ class StrictServer(Server):
         """Change `tests.strict_s3.Settings` from now on."""
         self._own("PUT", "settings", json.dumps(settings).encode())
 
+    def reset(self) -> None:
+        """Forget all buckets and objects, what was refused, and what was set."""
+        self._own("PUT", "reset")
+
     def refused(self, *, but: Sequence[str] = ()) -> list[str]:
         """Return what it refused so far, as "PUT /bucket/key: BadDigest: why". but: codes that are left out."""
         told = [entry for entry in self._own("GET", "report")["refused"] if entry["code"] not in but]
@@ -206,7 +210,9 @@ class StrictServer(Server):
 
     def _own(self, method: str, name: str, body: bytes | None = None) -> dict[str, Any]:
         assert not self._certificate, "only without TLS"
-        request = urllib.request.Request(f"{self.endpoint_url}/-/{name}", method=method, data=body)
+        request = urllib.request.Request(
+            f"{self.endpoint_url}/-/{name}", method=method, data=body or (b"" if method == "PUT" else None)
+        )
         with urllib.request.urlopen(request, timeout=10) as answer:
             return dict(json.load(answer))
 

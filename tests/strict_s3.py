@@ -5,7 +5,7 @@
 No server that pip can install verifies a checksum (FACTS 22). This one judges: what it took, S3 would have taken, as far as
 the rules go that stand here, each with the page of the S3 API reference, or of the S3 user guide (UG), that it is from.
 Objects live in memory. `/-/report` tells what it refused and how often it verified what; a PUT to `/-/settings` changes
-`Settings` while it runs: its clock, who may ask, what buckets are set to.
+`Settings` while it runs: its clock, who may ask, what buckets are set to; one to `/-/reset` makes it forget everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -343,7 +343,7 @@ class S3:
     """The buckets, and the verbs: each takes bucket, key and the request, verified, and returns the answer."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.initially = settings, replace(settings)
         self.buckets: dict[str, Bucket] = {}
         self.refused: list[dict[str, str]] = []
         self.verified: Counter[str] = Counter()
@@ -655,6 +655,8 @@ class Handler(BaseHTTPRequestHandler):
         return chunk
 
     def _own(self, request: Request) -> Answer:
+        if request.path == "/-/reset":
+            Handler.s3 = self.s3 = S3(self.s3.initially)
         if request.path == "/-/settings":
             for name, value in json.loads(request.body).items():
                 assert hasattr(self.s3.settings, name), name

@@ -25,27 +25,15 @@ JPEG = Headers(content_type="image/jpeg")
 VERIFIED_BY = {"none": "md5"}  # but for these, the checksum itself
 
 
-@pytest.fixture(scope="module")
-def module_server(no_process_is_left: None, environment: None) -> Iterator[StrictServer]:
-    with StrictServer() as server:
-        server.create_bucket(BUCKET)
-        yield server
-
-
 @pytest.fixture
-def server(module_server: StrictServer) -> Iterator[StrictServer]:
-    """A server that has refused nothing more when the test is over; one that shall refuse takes `strict_server`."""
-    before = module_server.refused()
-
-    yield module_server
-
-    assert before == module_server.refused()
-
-
-@pytest.fixture
-def proxy(strict_server: StrictServer) -> Iterator[FaultProxy]:
+def server(strict_server: StrictServer) -> StrictServer:
     strict_server.create_bucket(BUCKET)
-    with FaultProxy(strict_server.endpoint_url) as proxy:
+    return strict_server
+
+
+@pytest.fixture
+def proxy(server: StrictServer) -> Iterator[FaultProxy]:
+    with FaultProxy(server.endpoint_url) as proxy:
         yield proxy
 
 
@@ -91,20 +79,20 @@ def test_every_checksum_is_verified_and_echoed_whatever_the_size(
 ) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
     body = body[:size]
-    before = server.verified()
 
     with store_of(server.endpoint_url, algorithm) as store:
         stored = put(store, body, algorithm=algorithm)
         looked_up = store.head(BUCKET, KEY)
 
     digests = digests_of(body, algorithm)
-    newly = {name: count - before.get(name, 0) for name, count in server.verified().items()}
-    assert 1 == newly[VERIFIED_BY.get(algorithm, algorithm)]
-    assert (payload == "signed") == (newly["payload"] == 2)
+    verified = server.verified()
+    assert 1 == verified[VERIFIED_BY.get(algorithm, algorithm)]
+    assert (payload == "signed") == (verified["payload"] == 3), "the bucket, the PUT and the HEAD"
     assert (digests.md5, size) == (stored.etag, stored.size)
     if algorithm != "none":
         assert (algorithm, digests.checksum) == (stored.checksum_algorithm, stored.checksum)
     assert looked_up is not None and confirms(looked_up, digests) is True
+    assert [] == server.refused()
 
 
 @pytest.mark.parametrize("kms", [False, True], ids=["", "kms"])
@@ -112,55 +100,55 @@ def test_every_checksum_is_verified_and_echoed_whatever_the_size(
 def test_every_checksum_of_parts_is_verified_and_echoed(server: StrictServer, algorithm: str, kms: bool) -> None:
     parts = [b"a" * PART_BYTES, b"b" * PART_BYTES, b"odd"]
     headers = Headers(content_type="video/mp4", server_side_encryption="aws:kms" if kms else None)
-    before = server.verified()
 
     with store_of(server.endpoint_url, algorithm) as store:
         stored = put_parts(store, parts, algorithm, headers)
         looked_up = store.head(BUCKET, KEY)
 
     digests = digests_of(b"".join(parts), algorithm)
-    newly = {name: count - before.get(name, 0) for name, count in server.verified().items()}
+    verified = server.verified()
     etag = hashlib.md5(b"".join(hashlib.md5(part).digest() for part in parts)).hexdigest()
     own = b"".join(base64.b64decode(checksum_of(part, algorithm)) for part in parts)
     expected = {"sha256": f"{checksum_of(own, algorithm)}-3", "none": None}.get(algorithm, digests.checksum)
-    assert 3 == newly[VERIFIED_BY.get(algorithm, algorithm)]
-    assert newly.get(f"whole {algorithm}", 0) == (algorithm not in ("sha256", "none"))
+    assert 3 == verified[VERIFIED_BY.get(algorithm, algorithm)]
+    assert verified.get(f"whole {algorithm}", 0) == (algorithm not in ("sha256", "none"))
     assert (f"{etag}-3" == stored.etag) != kms
     if algorithm != "none":
         assert (algorithm, expected) == (stored.checksum_algorithm, stored.checksum)
         assert looked_up is not None and (looked_up.etag, looked_up.checksum) == (stored.etag, expected)
     assert [] == server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    assert [] == server.refused()
 
 
 @pytest.mark.parametrize("in_parts", [False, True], ids=["", "in parts"])
-def test_everything_kept_with_an_object_arrives(strict_server: StrictServer, in_parts: bool) -> None:
-    strict_server.create_bucket(BUCKET)
-    strict_server.set(acls=True)
+def test_everything_kept_with_an_object_arrives(server: StrictServer, in_parts: bool) -> None:
+    server.set(acls=True)
     headers = Headers(
         content_type="image/jpeg", acl="public-read", cache_control="public, max-age=31536000", storage_class="STANDARD_IA",
         server_side_encryption="AES256", tags=(("app", "my shop"), ("a+b", "c/d=@:."), ("ü", "")), metadata=(("app", "shop"),),
     )  # fmt: skip
 
-    with store_of(strict_server.endpoint_url) as store:
+    with store_of(server.endpoint_url) as store:
         if in_parts:
             put_parts(store, [b"a cat"], "crc32", headers)
         else:
             put(store, b"a cat", headers=headers)
 
-    kept = strict_server.kept(BUCKET, KEY)
+    kept = server.kept(BUCKET, KEY)
     expected = {
         "content-type": "image/jpeg", "x-amz-acl": "public-read", "cache-control": "public, max-age=31536000",
         "x-amz-storage-class": "STANDARD_IA", "x-amz-server-side-encryption": "AES256", "x-amz-meta-app": "shop",
         "x-amz-tagging": "app=my%20shop&a%2Bb=c%2Fd%3D%40%3A.&%C3%BC=",
     }  # fmt: skip
     assert expected == {name: kept[name] for name in expected}
-    assert [] == strict_server.refused()
+    assert [] == server.refused()
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        "k" * 1024, "ü" * 512, "a b+c%20d&e=f?g#h;i", "quote'\"`", "tab\tnew\nline", "a//b", "/a", "a/./b/../c", "-dash", "noext.",
+        "k" * 1024, "ü" * 512, "a b+c%20d&e=f?g#h;i", "quote'\"`",
+        "tab\tnew\nline", "a//b", "/a", "a/./b/../c", "-dash", "noext.",
         "\N{GRINNING FACE}", "e\N{COMBINING ACUTE ACCENT}", "\\", "~tilde_-.*()!$,:@[]{}|^<>", "日本/語",
     ],
     ids=lambda key: key[:12].encode("unicode_escape").decode(),
@@ -175,13 +163,13 @@ def test_every_key_that_s3_takes_is_signed_as_s3_signs_it(server: StrictServer, 
         assert b"a cat" == server.objects(BUCKET)[key]
         store.delete(BUCKET, key)
         assert store.head(BUCKET, key) is None
+    assert [] == server.refused()
 
 
-def test_with_versions_it_is_the_version_that_is_told(strict_server: StrictServer) -> None:
-    strict_server.create_bucket(BUCKET)
-    strict_server.set(versioning=True)
+def test_with_versions_it_is_the_version_that_is_told(server: StrictServer) -> None:
+    server.set(versioning=True)
 
-    with store_of(strict_server.endpoint_url) as store:
+    with store_of(server.endpoint_url) as store:
         first, second = put(store, b"first"), put_parts(store, [b"second"], "crc32")
 
         assert first.version_id and second.version_id
@@ -202,7 +190,7 @@ def test_under_kms_a_checksum_proves_it_and_where_there_is_none_it_is_read_back(
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_a_byte_that_flips_on_its_way_is_unproven_and_becomes_no_object(
-    strict_server: StrictServer, proxy: FaultProxy, payload: str, algorithm: str
+    server: StrictServer, proxy: FaultProxy, payload: str, algorithm: str
 ) -> None:
     proxy.on("PUT", KEY, Flip(3))
 
@@ -212,32 +200,32 @@ def test_a_byte_that_flips_on_its_way_is_unproven_and_becomes_no_object(
     ):
         put(store, b"a cat", algorithm=algorithm)
 
-    assert {} == strict_server.objects(BUCKET)
-    assert 1 == len(strict_server.refused())
+    assert {} == server.objects(BUCKET)
+    assert 1 == len(server.refused())
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 @pytest.mark.parametrize("which", ["first part", "last part"])
 def test_a_byte_that_flips_in_a_part_aborts_the_upload(
-    strict_server: StrictServer, proxy: FaultProxy, payload: str, algorithm: str, which: str
+    server: StrictServer, proxy: FaultProxy, algorithm: str, which: str
 ) -> None:
     proxy.on("PUT", KEY, Flip(3), skip=0 if which == "first part" else 1, times=1)
 
-    with store_of(proxy.endpoint_url, algorithm) as store, pytest.raises(Unproven, match="Mismatch|BadDigest"):
+    with store_of(proxy.endpoint_url, algorithm) as store, pytest.raises(Unproven, match=r"Mismatch|BadDigest"):
         put_parts(store, [b"a" * PART_BYTES, b"a cat"], algorithm)
 
-    assert {} == strict_server.objects(BUCKET)
-    assert [] == strict_server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    assert {} == server.objects(BUCKET)
+    assert [] == server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
 
 
-def test_parts_that_the_server_has_in_other_order_are_no_object(strict_server: StrictServer, proxy: FaultProxy) -> None:
+def test_parts_that_the_server_has_in_other_order_are_no_object(server: StrictServer, proxy: FaultProxy) -> None:
     """What the completion lists is flipped on its way: S3 compares it with what it has."""
     proxy.on("POST", KEY, Flip(250), skip=1)
 
     with store_of(proxy.endpoint_url) as store, pytest.raises(SpooldError):
         put_parts(store, [b"a" * PART_BYTES, b"a cat"], "crc32")
 
-    assert {} == strict_server.objects(BUCKET)
+    assert {} == server.objects(BUCKET)
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS - {"none"}))
@@ -255,15 +243,15 @@ def test_an_object_that_is_read_back_with_a_flipped_byte_is_unproven(proxy: Faul
         put(store, b"a cat", algorithm="none", headers=Headers("image/jpeg", server_side_encryption="aws:kms"))
 
 
-def test_a_completion_that_was_not_answered_leaves_a_whole_object(strict_server: StrictServer, proxy: FaultProxy) -> None:
+def test_a_completion_that_was_not_answered_leaves_a_whole_object(server: StrictServer, proxy: FaultProxy) -> None:
     proxy.on("POST", KEY, LoseAnswer(), skip=1)
 
     with store_of(proxy.endpoint_url) as store, pytest.raises(SpooldError) as caught:
         put_parts(store, [b"a cat"], "crc32")
 
     assert not caught.value.never_sent  # type: ignore[attr-defined]
-    assert {KEY: b"a cat"} == strict_server.objects(BUCKET)
-    assert [] == strict_server.refused(but=["NoSuchUpload"]), "the abort comes too late"
+    assert {KEY: b"a cat"} == server.objects(BUCKET)
+    assert [] == server.refused(but=["NoSuchUpload"]), "the abort comes too late"
 
 
 @pytest.mark.parametrize(
@@ -278,31 +266,27 @@ def test_a_completion_that_was_not_answered_leaves_a_whole_object(strict_server:
 )
 @pytest.mark.parametrize("in_parts", [False, True], ids=["", "in parts"])
 def test_what_s3_would_not_keep_is_refused(
-    strict_server: StrictServer, headers: dict[str, Any], fault: type[SpooldError], says: str, in_parts: bool
+    server: StrictServer, headers: dict[str, Any], fault: type[SpooldError], says: str, in_parts: bool
 ) -> None:
-    strict_server.create_bucket(BUCKET)
     wish = Headers("image/jpeg", **headers)
 
-    with store_of(strict_server.endpoint_url) as store, pytest.raises(fault, match=says):
+    with store_of(server.endpoint_url) as store, pytest.raises(fault, match=says):
         if in_parts:
             put_parts(store, [b"a cat"], "crc32", wish)
         else:
             put(store, b"a cat", headers=wish)
 
 
-def test_a_key_that_is_too_long_is_refused(strict_server: StrictServer) -> None:
-    strict_server.create_bucket(BUCKET)
-
-    with store_of(strict_server.endpoint_url) as store, pytest.raises(ObjectRefused, match="KeyTooLongError"):
+def test_a_key_that_is_too_long_is_refused(server: StrictServer) -> None:
+    with store_of(server.endpoint_url) as store, pytest.raises(ObjectRefused, match="KeyTooLongError"):
         put(store, b"a cat", key="ü" * 513)
 
 
 @pytest.mark.parametrize("offset_s", [-3600.0, 3600.0])
-def test_a_clock_that_is_wrong_is_denied_with_its_remedy(strict_server: StrictServer, offset_s: float) -> None:
-    strict_server.create_bucket(BUCKET)
-    strict_server.set(clock_offset_s=offset_s)
+def test_a_clock_that_is_wrong_is_denied_with_its_remedy(server: StrictServer, offset_s: float) -> None:
+    server.set(clock_offset_s=offset_s)
 
-    with store_of(strict_server.endpoint_url) as store, pytest.raises(StoreDenied, match="RequestTimeTooSkewed") as caught:
+    with store_of(server.endpoint_url) as store, pytest.raises(StoreDenied, match="RequestTimeTooSkewed") as caught:
         put(store, b"a cat")
 
     assert "clock is wrong" in caught.value.hint

@@ -1,4 +1,4 @@
-"""The strict S3 is believed by other tests: here botocore, as it is, is let in, and every kind of wrongness is refused by name."""
+"""The strict S3 is believed by other tests: here botocore is let in, and every kind of wrongness is refused by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import contextlib
 import hashlib
 import http.client
-import itertools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,29 +28,14 @@ ZEROS = {name: base64.b64encode(bytes(len(digest(b"")))).decode() for name, dige
 """Checksums of the right form that are wrong."""
 
 
-@pytest.fixture(scope="module")
-def server(no_process_is_left: None, environment: None) -> Iterator[StrictServer]:
-    """One for all tests of this module: each takes a bucket of its own, and puts back what it sets."""
-    with StrictServer() as server:
-        yield server
-
-
-_numbers = itertools.count()
+@pytest.fixture
+def server(strict_server: StrictServer) -> StrictServer:
+    return strict_server
 
 
 @pytest.fixture
 def bucket(server: StrictServer) -> str:
-    return server.create_bucket(f"bucket-{next(_numbers)}")
-
-
-@contextlib.contextmanager
-def setting(server: StrictServer, **settings: Any) -> Iterator[None]:
-    """Run the block with the server's settings changed. All of them are false, 0 or empty otherwise."""
-    server.set(**settings)
-    try:
-        yield
-    finally:
-        server.set(**{name: type(value)() for name, value in settings.items()})
+    return server.create_bucket("bucket")
 
 
 _session = boto3.session.Session()  # one for all: it takes a quarter of a second to read its descriptions
@@ -163,11 +147,11 @@ def part_of(s3: Any, upload: dict[str, str], number: int, part: bytes, algorithm
 
 def test_what_is_kept_with_an_object_is_told_back(server: StrictServer, bucket: str) -> None:
     s3 = client(server)
-    with setting(server, acls=True):
-        s3.put_object(
-            Bucket=bucket, Key=KEY, Body=BODY, ContentType="image/jpeg", ACL="public-read", CacheControl="max-age=60",
-            StorageClass="STANDARD_IA", ServerSideEncryption="AES256", Tagging="a=b%20c&d=", Metadata={"app": "shop"},
-        )  # fmt: skip
+    server.set(acls=True)
+    s3.put_object(
+        Bucket=bucket, Key=KEY, Body=BODY, ContentType="image/jpeg", ACL="public-read", CacheControl="max-age=60",
+        StorageClass="STANDARD_IA", ServerSideEncryption="AES256", Tagging="a=b%20c&d=", Metadata={"app": "shop"},
+    )  # fmt: skip
 
     head = s3.head_object(Bucket=bucket, Key=KEY)
     kept = server.kept(bucket, KEY)
@@ -192,35 +176,33 @@ def test_a_list_comes_in_pages_in_the_order_of_utf_8(server: StrictServer, bucke
 
 def test_with_versions_an_older_one_stays_and_a_deleted_one_too(server: StrictServer, bucket: str) -> None:
     s3 = client(server)
-    with setting(server, versioning=True):
-        first = s3.put_object(Bucket=bucket, Key=KEY, Body=b"first")["VersionId"]
-        second = s3.put_object(Bucket=bucket, Key=KEY, Body=b"second")["VersionId"]
-        s3.delete_object(Bucket=bucket, Key=KEY)
+    server.set(versioning=True)
+    first = s3.put_object(Bucket=bucket, Key=KEY, Body=b"first")["VersionId"]
+    second = s3.put_object(Bucket=bucket, Key=KEY, Body=b"second")["VersionId"]
+    s3.delete_object(Bucket=bucket, Key=KEY)
 
-        assert {} == server.objects(bucket)
-        read = [s3.get_object(Bucket=bucket, Key=KEY, VersionId=which)["Body"].read() for which in (first, second)]
+    assert {} == server.objects(bucket)
+    read = [s3.get_object(Bucket=bucket, Key=KEY, VersionId=which)["Body"].read() for which in (first, second)]
     assert [b"first", b"second"] == read
 
 
 def test_under_kms_an_etag_is_no_md5(server: StrictServer, bucket: str) -> None:
-    with setting(server, kms=True):
-        answer = client(server).put_object(Bucket=bucket, Key=KEY, Body=BODY)
+    server.set(kms=True)
+    answer = client(server).put_object(Bucket=bucket, Key=KEY, Body=BODY)
 
     assert "aws:kms" == answer["ServerSideEncryption"]
     assert hashlib.md5(BODY).hexdigest() not in answer["ETag"] and 34 == len(answer["ETag"])
 
 
-def test_it_counts_what_it_verified_and_lists_what_it_refused() -> None:
-    with StrictServer() as server:
-        s3 = client(server)
-        bucket = server.create_bucket("bucket")
-        s3.put_object(Bucket=bucket, Key="good", Body=BODY, ChecksumSHA256=checksum_of("sha256", BODY))
-        with refused("BadDigest"):
-            s3.put_object(Bucket=bucket, Key="bad", Body=BODY, ChecksumSHA256=ZEROS["sha256"])
+def test_it_counts_what_it_verified_and_lists_what_it_refused(server: StrictServer, bucket: str) -> None:
+    s3 = client(server)
+    s3.put_object(Bucket=bucket, Key="good", Body=BODY, ChecksumSHA256=checksum_of("sha256", BODY))
+    with refused("BadDigest"):
+        s3.put_object(Bucket=bucket, Key="bad", Body=BODY, ChecksumSHA256=ZEROS["sha256"])
 
-        assert {"signature": 2, "payload": 2, "sha256": 1} == server.verified()
-        assert ["PUT /bucket/bad: BadDigest"] == [line.rpartition(":")[0] for line in server.refused()]
-        assert [] == server.refused(but=["BadDigest"])
+    assert {"signature": 2, "payload": 2, "sha256": 1} == server.verified()
+    assert ["PUT /bucket/bad: BadDigest"] == [line.rpartition(":")[0] for line in server.refused()]
+    assert [] == server.refused(but=["BadDigest"])
 
 
 # What arrives otherwise than it was sent
@@ -320,30 +302,30 @@ def test_what_was_changed_after_it_was_signed_is_refused(
         s3.put_object(Bucket=bucket, Key=KEY, Body=BODY, ContentType="image/jpeg")
 
 
-def test_a_session_needs_its_token_until_it_expires(bucket: str) -> None:
-    with StrictServer() as server:
-        server.create_bucket(bucket)
-        session = {"secret": SECRET_KEY, "token": "of this session"}
-        server.set(keys={ACCESS_KEY: session})
+def test_a_session_needs_its_token_until_it_expires(server: StrictServer, bucket: str) -> None:
+    session = {"secret": SECRET_KEY, "token": "of this session"}
+    server.set(keys={ACCESS_KEY: session})
 
-        client(server, aws_session_token="of this session").head_bucket(Bucket=bucket)
-        with refused("InvalidAccessKeyId", 403):
-            client(server).list_objects_v2(Bucket=bucket)
-        server.set(keys={ACCESS_KEY: {**session, "expires_at": 1}})
-        with refused("ExpiredToken"):
-            client(server, aws_session_token="of this session").list_objects_v2(Bucket=bucket)
+    client(server, aws_session_token="of this session").head_bucket(Bucket=bucket)
+    with refused("InvalidAccessKeyId", 403):
+        client(server).list_objects_v2(Bucket=bucket)
+    server.set(keys={ACCESS_KEY: {**session, "expires_at": 1}})
+    with refused("ExpiredToken"):
+        client(server, aws_session_token="of this session").list_objects_v2(Bucket=bucket)
 
 
 @pytest.mark.parametrize("minutes", [-16, 16])
 def test_a_clock_that_is_a_quarter_of_an_hour_off_is_refused(server: StrictServer, bucket: str, minutes: int) -> None:
-    with setting(server, clock_offset_s=60.0 * minutes), refused("RequestTimeTooSkewed", 403):
+    server.set(clock_offset_s=60.0 * minutes)
+
+    with refused("RequestTimeTooSkewed", 403):
         client(server).list_objects_v2(Bucket=bucket)
 
 
 @pytest.mark.parametrize("minutes", [-14, 14])
 def test_a_clock_that_is_a_little_off_is_forgiven(server: StrictServer, bucket: str, minutes: int) -> None:
-    with setting(server, clock_offset_s=60.0 * minutes):
-        client(server).list_objects_v2(Bucket=bucket)
+    server.set(clock_offset_s=60.0 * minutes)
+    client(server).list_objects_v2(Bucket=bucket)
 
 
 # What S3 would not keep
@@ -391,13 +373,14 @@ def test_what_is_not_there_is_said_to_be_not_there(server: StrictServer, bucket:
         s3.head_object(Bucket=bucket, Key=KEY)
     with refused("NoSuchBucket", 404):
         s3.put_object(Bucket="nowhere", Key=KEY, Body=BODY)
-    with setting(server, vanished=[bucket]), refused("NoSuchBucket", 404):
-        s3.put_object(Bucket=bucket, Key=KEY, Body=BODY)
     s3.delete_object(Bucket=bucket, Key=KEY)
     with refused("InvalidBucketName"):
         s3.create_bucket(Bucket="a..b")
     with refused("NotImplemented", 501):
         s3.get_object_tagging(Bucket=bucket, Key=KEY)
+    server.set(vanished=[bucket])
+    with refused("NoSuchBucket", 404):
+        s3.put_object(Bucket=bucket, Key=KEY, Body=BODY)
 
 
 @pytest.mark.parametrize(
