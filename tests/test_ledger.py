@@ -867,6 +867,82 @@ def test_a_batch_that_crashes_does_not_hold_up_the_others(bench: Bench) -> None:
     assert "avatars/2" == bench.claimed().batch.record
 
 
+def test_what_was_under_way_in_a_daemon_that_died_is_walked_one_at_a_time(bench: Bench) -> None:
+    """One of them may be what killed it. All at once, the innocent among them would be counted with it, and be dead with it."""
+    for number in range(3):
+        offered(bench, record=f"avatars/{number}")
+        bench.claimed("crashing")
+    bench.ledger.bereave("crashing")
+    offered(bench, record="avatars/fresh")
+
+    claims = [bench.claim(), bench.claim(), bench.claim()]
+
+    first, fresh, none = claims
+    assert first is not None and fresh is not None and none is None
+    assert {"avatars/0", "avatars/fresh"} == {first.batch.record, fresh.batch.record}
+    bench.stored(first if first.batch.record == "avatars/0" else fresh)
+    assert "avatars/1" == bench.claimed().batch.record
+
+
+def test_another_daemon_walks_one_of_its_own(bench: Bench) -> None:
+    for number in range(3):
+        offered(bench, record=f"avatars/{number}")
+        bench.claimed("crashing")
+    bench.ledger.bereave("crashing")
+
+    mine, yours = bench.claimed("me"), bench.claimed("you")
+
+    assert {"avatars/0", "avatars/1"} == {mine.batch.record, yours.batch.record}
+    assert bench.claim("me") is None and bench.claim("you") is None
+
+
+def test_a_claim_that_ran_out_holds_back_no_other(bench: Bench) -> None:
+    for number in range(2):
+        offered(bench, record=f"avatars/{number}")
+        bench.claimed("crashing")
+    bench.ledger.bereave("crashing")
+    bench.claimed()
+
+    bench.clock.advance(LEASE_S + 1)
+
+    assert bench.claim() is not None
+
+
+def test_the_one_that_kills_is_dead_and_the_others_are_not(bench: Bench) -> None:
+    """One of eight records kills the process as soon as all are under way that may be; the next daemon goes on."""
+    guilty = "avatars/2"
+    for number in range(8):
+        offered(bench, record=f"avatars/{number}")
+
+    for _ in range(5):
+        while under_way := list(iter(lambda: bench.claim("crashing"), None)):
+            if guilty in {claim.batch.record for claim in under_way}:
+                break
+            for claim in under_way:
+                done(bench, bench.stored(claim))
+        bench.ledger.bereave("crashing")
+
+    dead = [row["path"] for row in bench.rows("SELECT path FROM record_status WHERE state = 'dead'")]
+    assert [guilty] == dead
+    assert 7 == len(bench.rows("SELECT path FROM record_status WHERE state = 'done'"))
+
+
+def test_it_takes_many_kills_from_outside_until_an_innocent_is_dead(bench: Bench) -> None:
+    """Whoever was under way comes last next time: three power cuts in a row must not always hit the same one."""
+    for number in range(4):
+        offered(bench, record=f"avatars/{number}")
+        bench.claimed("crashing")
+    bench.ledger.bereave("crashing")
+
+    hit = []
+    for _ in range(4):
+        hit.append(bench.claimed("crashing").batch.record)
+        bench.ledger.bereave("crashing")
+
+    assert [f"avatars/{number}" for number in range(4)] == hit
+    assert not bench.rows("SELECT path FROM record_status WHERE state = 'dead'")
+
+
 @pytest.mark.parametrize("ending", ["defer", "put_back", "stored"])
 def test_a_walk_that_ends_in_good_order_is_no_crash(bench: Bench, ending: str) -> None:
     offered(bench)

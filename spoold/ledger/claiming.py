@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Row, delete, exists, insert, select, update
+from sqlalchemy import Row, and_, delete, exists, insert, or_, select, update
 
 from spoold.errors import ClaimLost, Crashed, SpooldError
 from spoold.ledger.database import Transaction
 from spoold.ledger.schema import batch, batch_file, claim, held, intent, record
 from spoold.ledger.watching import Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
+
+_PUT_BACK_S = 60.0  # in the order of the queue; nothing waits longer for it
 
 
 class Claiming(Watching):
@@ -25,15 +27,17 @@ class Claiming(Watching):
         """Claim the record of the batch that is due next, of these spools and none that is held; None if nothing is.
 
         crashes: a pending batch whose walks killed their process this often is buried instead. The attempt is written
-        down with the claim: a batch that kills us is then counted, not walked for ever (FACTS 31).
+        down with the claim: a batch that kills us is then counted, not walked for ever (FACTS 31). What was under way in a
+        process that died is under suspicion, and an owner walks one such batch at a time: so the innocent end in good order,
+        and only the one that kills is counted again.
         """
         names = list(spools)
         with self.read() as connection:  # idle workers ask often: they must not queue up to write
-            if connection.execute(_due(self._clock.now(), names, lease_s, uploads_first)).first() is None:
+            if connection.execute(_due(self._clock.now(), owner, names, lease_s, crashes, uploads_first)).first() is None:
                 return None
         with self.write() as change:
             while True:
-                row = change.execute(_due(change.now, names, lease_s, uploads_first)).first()
+                row = change.execute(_due(change.now, owner, names, lease_s, crashes, uploads_first)).first()
                 if row is None:
                     return None
                 self._take_over(change, row.record_key)
@@ -195,18 +199,29 @@ class Claiming(Watching):
             return {row.spool: row for row in connection.execute(select(held))}
 
 
-def _due(now: float, spools: list[str], lease_s: float, uploads_first: bool):  # type: ignore[no-untyped-def]  # spells out every column
+def _due(  # type: ignore[no-untyped-def]  # spells out every column
+    now: float, owner: str, spools: list[str], lease_s: float, crashes: int, uploads_first: bool
+):
     """Select the batch that may be claimed next: of the kind that is wanted first, then by due time.
 
     A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
+    Each crash puts a batch back in the queue, so that it is not the same one that is under way whenever we are killed.
     """
     live = exists().where(claim.c.record_key == record.c.id, claim.c.until > now, claim.c.until <= now + 2 * lease_s)
+    suspected = and_(batch.c.state == State.PENDING, batch.c.crashes > 0, batch.c.crashes < crashes)
+    walked = batch.alias()  # counted once more when it was claimed
+    one_is_walked = exists().where(
+        claim.c.batch_id == walked.c.id, claim.c.owner == owner, claim.c.until > now, walked.c.crashes > 1
+    )
     return (
         select(batch, record.c.spool, record.c.path, record.c.attachment, record.c.record_id, record.c.fence)
         .join(record, record.c.id == batch.c.record_key)
         .where(batch.c.due_at <= now, record.c.spool.in_(spools), ~live, ~exists().where(held.c.spool == record.c.spool))
+        .where(or_(~suspected, ~one_is_walked))
         .order_by(
-            (batch.c.state != State.PENDING) if uploads_first else (batch.c.state == State.PENDING), batch.c.due_at, batch.c.id
+            (batch.c.state != State.PENDING) if uploads_first else (batch.c.state == State.PENDING),
+            batch.c.due_at + batch.c.crashes * _PUT_BACK_S,
+            batch.c.id,
         )
         .limit(1)
     )
