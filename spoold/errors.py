@@ -33,13 +33,17 @@ class Transient(SpooldError):
 class StoreUnavailable(Transient):
     """5xx, SlowDown, timeout, reset. The request may have been carried out all the same, unless `never_sent`.
 
-    retry_after_s: what the server asked for, or None.
+    retry_after_s: what the server asked for, or None. is_everywhere: no key and no content can be to blame.
     """
 
-    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None, never_sent: bool = False) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after_s: float | None = None, never_sent: bool = False,
+        is_everywhere: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
         self.never_sent = never_sent
+        self.is_everywhere = is_everywhere
 
 
 class Unproven(Transient):
@@ -83,7 +87,14 @@ class Halt(SpooldError):
 
 
 class StoreDenied(Halt):
-    """403, no such bucket, expired credentials, clock skew, an endpoint that cannot be found."""
+    """403, no such bucket, expired credentials, clock skew, an endpoint that cannot be found.
+
+    is_everywhere: no key and no content can be to blame, as they can for a plain 403.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", is_everywhere: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.is_everywhere = is_everywhere
 
 
 class SpoolBroken(Halt):

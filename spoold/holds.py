@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from spoold.clock import Clock
-from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError
+from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreUnavailable
 from spoold.ledger import Ledger
 
 log = structlog.get_logger()
@@ -17,6 +17,7 @@ log = structlog.get_logger()
 _FIRST_PROBE_S = 1.0
 _LAST_PROBE_S = 60.0
 _PROBE_LASTS_S = 1.0
+_PROBES_IN_A_STORM = 3  # of a server that refuses most but not all, one probe alone may have luck
 
 
 @dataclass(slots=True)
@@ -57,17 +58,22 @@ class Holds:
     def is_down(self, spool: str, fault: SpooldError) -> bool:
         """Say whether it is the destination that refuses, not one key: probe, and hold the spool if that fails too.
 
-        Of several walks that ask at once, one probes.
+        What no key can be to blame for is believed without a probe: it may be over by now, but no attempt shall be spent
+        on it. Of several walks that ask at once, one probes.
         """
         kind = "disk" if isinstance(fault, SpoolBroken) else "store"
         hold = self._holds[spool]
         with hold.lock:
             if kind in hold.kinds:
                 return True
+            if getattr(fault, "is_everywhere", False):
+                self._hold(spool, hold, kind, fault)
+                return True
             if self._clock.monotonic() - hold.fine_at.get(kind, float("-inf")) < _PROBE_LASTS_S:
                 return False
             try:
-                self._probes[spool][kind]()
+                for _ in range(_PROBES_IN_A_STORM if isinstance(fault, StoreUnavailable) else 1):
+                    self._probes[spool][kind]()
             except SpooldError as why:
                 self._hold(spool, hold, kind, why)
                 return True

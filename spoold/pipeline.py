@@ -16,6 +16,7 @@ from spoold.errors import (
     Halt,
     LedgerUnavailable,
     NoAccess,
+    ObjectRefused,
     Refused,
     SpooldError,
     Stale,
@@ -129,7 +130,7 @@ class Pipeline:
                 self._ledger.withdraw(claim, fault, vetoed=fault.basenames if isinstance(fault, Unfinished) else ())
                 parts.touch(claim.batch.record)
                 return Outcome.STALE
-            case Halt() | StoreUnavailable() | Unproven() if self._holds.is_down(claim.batch.spool, fault):
+            case Halt() | StoreUnavailable() | Unproven() | ObjectRefused() if self._holds.is_down(claim.batch.spool, fault):
                 self._ledger.put_back(claim)
                 return Outcome.HELD
             case Refused() if claim.batch.state is State.PENDING:

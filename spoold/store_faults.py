@@ -14,7 +14,7 @@ from typing import Any
 from spoold.errors import ObjectRefused, SpooldError, StoreDenied, StoreUnavailable, Unproven
 
 _SOMETHING_ELSE = "something else than S3 answered: look for a proxy or a login page, and at s3.endpoint_url"
-_CREDENTIALS = "renew the credentials; they are read again at the next try"
+CREDENTIALS = "renew the credentials; they are read again at the next try"
 _REGION = "the bucket is in another region: set s3.region"
 _PROVIDER = "look at the account with the provider"
 _CLOCK = "this machine's clock is wrong: let NTP set it"
@@ -26,12 +26,12 @@ _DENIED = {
     "AccountProblem": _PROVIDER,
     "AllAccessDisabled": _PROVIDER,
     "AuthorizationHeaderMalformed": _REGION,
-    "ExpiredToken": _CREDENTIALS,
+    "ExpiredToken": CREDENTIALS,
     "IllegalLocationConstraintException": _REGION,
-    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidAccessKeyId": CREDENTIALS,
     "InvalidBucketName": _BUCKET,
-    "InvalidSecurity": _CREDENTIALS,
-    "InvalidToken": _CREDENTIALS,
+    "InvalidSecurity": CREDENTIALS,
+    "InvalidToken": CREDENTIALS,
     "MethodNotAllowed": _SOMETHING_ELSE,
     "NoSuchBucket": _BUCKET,
     "NotSignedUp": _PROVIDER,
@@ -39,8 +39,10 @@ _DENIED = {
     "RequestExpired": _CLOCK,
     "RequestTimeTooSkewed": _CLOCK,
     "SignatureDoesNotMatch": "the secret key is wrong, or a proxy changes what is sent",
-    "TokenRefreshRequired": _CREDENTIALS,
+    "TokenRefreshRequired": CREDENTIALS,
 }
+_OF_ONE_KEY = {"AccessControlListNotSupported", "MethodNotAllowed", "SignatureDoesNotMatch"}
+"""Of these, what can be true of one key: it has an ACL of its own, or a proxy in between changes how it is written."""
 _PERMISSIONS = {
     "put": "s3:PutObject, and s3:PutObjectAcl or s3:PutObjectTagging where those are set",
     "head": "s3:GetObject, and s3:ListBucket, without which a missing key is denied",
@@ -87,16 +89,19 @@ def fault_of(what: str, error: Exception) -> SpooldError | None:
         case ResponseParserError():
             return Unproven(f"{what}: the answer is not XML as S3 writes it", hint=_SOMETHING_ELSE)
         case exceptions.EndpointConnectionError() if isinstance(cause, unknown_name):
-            return StoreDenied(because, hint="look at s3.endpoint_url and s3.region, and at this machine's DNS")
+            hint = "look at s3.endpoint_url and s3.region, and at this machine's DNS"
+            return StoreDenied(because, hint=hint, is_everywhere=True)
         case exceptions.SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(cause):
-            return StoreDenied(because, hint="make the server's CA known (AWS_CA_BUNDLE), or renew its certificate")
+            hint = "make the server's CA known (AWS_CA_BUNDLE), or renew its certificate"
+            return StoreDenied(because, hint=hint, is_everywhere=True)
         case exceptions.ParamValidationError():
             report = str(error.kwargs.get("report"))
             if "bucket name" in report.lower():
-                return StoreDenied(f"{what}: {report}", hint=_BUCKET)
+                return StoreDenied(f"{what}: {report}", hint=_BUCKET, is_everywhere=True)
             return ObjectRefused(f"{what}: {report}")
         case exceptions.ConnectionError() | exceptions.HTTPClientError() | exceptions.IncompleteReadError():
-            return StoreUnavailable(because, never_sent=isinstance(error, never_sent))
+            is_unreachable = isinstance(error, never_sent)
+            return StoreUnavailable(because, never_sent=is_unreachable, is_everywhere=is_unreachable)
         case urllib3.exceptions.HTTPError():
             return StoreUnavailable(because)
         case exceptions.BotoCoreError() | OSError() | ValueError():  # the rest is about credentials, as in `Store.connect`
@@ -174,20 +179,20 @@ def _answered(what: str, error: Any) -> SpooldError:
     if code in _DAMAGED:
         return Unproven(because)
     if code in _DENIED:
-        return StoreDenied(because, hint=_DENIED[code])
+        return StoreDenied(because, hint=_DENIED[code], is_everywhere=code not in _OF_ONE_KEY)
     if status in (401, 403) or code == "AccessDenied":  # without 403 after a 200, when an upload is completed
         needs = _PERMISSIONS.get(what.split(" ", 1)[0], "")
-        return StoreDenied(because, hint=f"the credentials need {needs}" if is_ours else _CREDENTIALS)
+        return StoreDenied(because, hint=f"the credentials need {needs}" if is_ours else CREDENTIALS)
     is_busy = status in (307, 408, 409, 429) or (status >= 500 and status != 501)
     if is_busy or code == "RequestTimeout" or "Throttl" in code:  # both can come with 400
         retry_after_s = _retry_after_s(metadata.get("HTTPHeaders", {}))
         return StoreUnavailable(because, retry_after_s=retry_after_s, never_sent=not is_ours)
     if status in (301, 400) and what.startswith("head "):
-        return StoreDenied(because, hint=f"HEAD gives no reason: {_CREDENTIALS}; or {_REGION}")
+        return StoreDenied(because, hint=f"HEAD gives no reason: {CREDENTIALS}; or {_REGION}")
     if code.startswith("KMS."):
         return StoreDenied(because, hint="look at the bucket's KMS key and who may use it")
     if not is_ours or status < 400 or status in (404, 405) or (not is_s3s and status != 413):
-        return StoreDenied(because, hint=_SOMETHING_ELSE if is_ours else _CREDENTIALS)
+        return StoreDenied(because, hint=_SOMETHING_ELSE if is_ours else CREDENTIALS)
     message = str(error.response["Error"].get("Message", ""))[:200]
     return ObjectRefused(f"{because}: {message}" if message else because, hint=_REFUSED.get(code, ""))
 

@@ -111,6 +111,30 @@ def test_rule_11_a_refusal_is_believed_if_the_probe_fails_too(held: Held, fault:
     assert (1, 1) == (probe.times, held.store.times + held.disk.times), "the other kind is not asked"
 
 
+@pytest.mark.parametrize("kind", [StoreDenied, StoreUnavailable])
+def test_rule_11_what_no_key_can_be_to_blame_for_needs_no_probe(held: Held, kind: type[StoreDenied]) -> None:
+    """It may be over when a long walk ends: a probe that succeeds then would make the record pay for it."""
+    held.holds.is_down(NAME, DENIED)
+    fault = kind("put avatars/42/original/cat.jpg: 400 ExpiredToken", is_everywhere=True)
+
+    is_down = held.holds.is_down(NAME, fault)
+
+    assert is_down and held.is_held
+    held.tend(1)
+    assert not held.is_held
+
+
+def test_rule_11_in_a_storm_one_probe_that_has_luck_is_not_believed(bench: Bench) -> None:
+    """A server that refuses nine requests of ten answers one probe of ten."""
+    answers = iter([None, None, StoreUnavailable("put probe: 503")])
+
+    def probe() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    assert bench.holds(store=probe).is_down(NAME, StoreUnavailable("put avatars/42/original/cat.jpg: 503"))
+
+
 def test_rule_11_a_hold_says_what_the_probe_met_and_what_to_do(bench: Bench, held: Held) -> None:
     held.store.wrong = DENIED
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from spoold import uploader
-from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreDenied, StoreUnavailable
+from spoold.errors import LedgerUnavailable, ObjectRefused, SpoolBroken, SpooldError, StoreDenied, StoreUnavailable
 from spoold.model import Claim, Headers, Outcome
 from spoold.pipeline import Pipeline
 from tests.paperclip import picture
@@ -268,6 +268,17 @@ def test_an_object_that_the_store_will_not_take_is_dead(bench: Bench, proxy: Fau
     [line] = told(lines, "batch.dead")
     assert ("error", "correct object.tags") == (line["log_level"], line["hint"])
     assert sorted([ORIGINAL, THUMB]) == bench.files()
+
+
+def test_what_the_store_takes_of_nobody_holds_the_spool_instead(bench: Bench, proxy: FaultProxy) -> None:
+    """One wrong word in the configuration would bury every record."""
+    proxy.on("PUT", "/thumb/", Reply(400, error_body("InvalidTag")))
+    refuses = failing(ObjectRefused("put probe: 400 InvalidTag", hint="correct object.tags"))
+
+    outcome = bench.pipeline(holds=bench.holds(store=refuses)).walk(offered(bench))
+
+    assert (Outcome.HELD, "queued", 0) == (outcome, *status(bench, "state", "attempts"))
+    assert "correct object.tags" == bench.ledger.held()[NAME].hint
 
 
 def test_a_file_that_can_have_no_key_is_dead(tmp_path: Path, proxy: FaultProxy) -> None:
