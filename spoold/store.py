@@ -12,6 +12,7 @@ import functools
 import hashlib
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,15 @@ from urllib.parse import quote, urlencode
 from spoold.digest import FULL_OBJECT, Digester, checksum_of
 from spoold.errors import Changed, SpooldError, StoreDenied, StoreUnavailable, Unproven
 from spoold.model import Digests, Headers, StoredObject
-from spoold.store_faults import answer_unless, demand, fault_of, refuse_pages, safely_said, stay_unless_told_where_to_go
+from spoold.store_faults import (
+    CREDENTIALS,
+    answer_unless,
+    demand,
+    fault_of,
+    refuse_pages,
+    safely_said,
+    stay_unless_told_where_to_go,
+)
 
 _CHECKSUM_FIELD = {
     "crc32": "ChecksumCRC32",
@@ -31,6 +40,7 @@ _CHECKSUM_FIELD = {
 _MD5 = re.compile("[0-9a-f]{32}", re.IGNORECASE)  # Aliyun writes capitals
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 20
+PROBE = bytes(range(256)) * 16
 
 
 class Store:
@@ -69,6 +79,7 @@ class Store:
             "response_checksum_validation": "when_required",
         }
         self._client: Any = None
+        self._credentials: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by client
         self._lock = threading.Lock()
 
     # Verbs
@@ -185,11 +196,13 @@ class Store:
             answer_unless({"NoSuchUpload"}, client.abort_multipart_upload, **upload)
 
     def probe(self, bucket: str, key: str, headers: Headers) -> None:
-        """Put an empty object and delete it: does the destination take what this configuration writes?
+        """Put an object and delete it: does the destination take what this configuration writes?
 
         Raises what `put` raises; that it could not be deleted is no matter.
         """
-        self.put(bucket, key, b"", headers, Digester(self._checksum).digests())
+        digester = Digester(self._checksum)
+        digester.update(PROBE)  # an empty one arrives also at a server that is full, and through a wire that flips bits
+        self.put(bucket, key, PROBE, headers, digester.digests())
         with contextlib.suppress(SpooldError):
             self.delete(bucket, key)
 
@@ -201,10 +214,8 @@ class Store:
             if self._client is None:
                 from botocore.config import Config
                 from botocore.exceptions import BotoCoreError
-                from botocore.session import Session
 
-                session = Session(profile=self._profile)
-                session.register_component("data_loader", _models())
+                session = self._session()
                 try:
                     client = session.create_client(
                         "s3",
@@ -220,6 +231,7 @@ class Store:
                 client.meta.events.register("needs-retry.s3.*", refuse_pages)
                 client.meta.events.register("needs-retry.s3.*", stay_unless_told_where_to_go)
                 self._client = client
+                self._credentials[client] = session.get_credentials()
             return self._client
 
     def close(self) -> None:
@@ -244,7 +256,28 @@ class Store:
                 # a held spool recovers by itself. Not closed: other threads may be using it.
                 with self._lock:
                     self._client = None if self._client is client else self._client
+                if fault.is_everywhere and fault.hint == CREDENTIALS and self._has_other_credentials_than(client):
+                    # They were rotated in good time, and only we kept the old ones: nobody need act.
+                    because = f"{fault}, but there are other credentials now"
+                    fault = StoreUnavailable(because, hint=fault.hint, never_sent=True, is_everywhere=True)
             raise fault from error
+
+    def _has_other_credentials_than(self, client: Any) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            found = self._session().get_credentials()
+            return bool(found.get_frozen_credentials() != self._credentials[client].get_frozen_credentials())
+        except (AttributeError, BotoCoreError, ClientError, OSError, ValueError):  # there are none, or none can be had
+            return False
+
+    def _session(self) -> Any:
+        """Return what reads profile and credentials anew."""
+        from botocore.session import Session
+
+        session = Session(profile=self._profile)
+        session.register_component("data_loader", _models())
+        return session
 
     # Parts
 

@@ -49,7 +49,7 @@ from cryptography.x509.oid import NameOID
 from spoold.digest import ALGORITHMS, Digester, checksum_of
 from spoold.errors import Changed, ObjectRefused, SpooldError, StoreDenied, StoreUnavailable, Unproven
 from spoold.model import Digests, Headers, StoredObject
-from spoold.store import Store, confirms
+from spoold.store import PROBE, Store, confirms
 from tests.servers import MotoServer, RcloneServer, Server
 
 BUCKET = "some-bucket"
@@ -941,6 +941,26 @@ def test_an_answer_becomes_what_the_daemon_does_next(
     assert bool(hint) == bool(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "is_everywhere"),
+    [
+        (400, "ExpiredToken", True), (404, "NoSuchBucket", True), (403, "RequestTimeTooSkewed", True),
+        (301, "PermanentRedirect", True), (403, "AccessDenied", False), (403, "SignatureDoesNotMatch", False),
+        (400, "AccessControlListNotSupported", False), (405, "MethodNotAllowed", False),
+    ],
+)  # fmt: skip
+def test_of_some_refusals_no_key_can_be_to_blame(
+    store: Store, server: ScriptedServer, status: int, code: str, is_everywhere: bool
+) -> None:
+    """The others may come of a policy, a proxy or an ACL that only some keys meet."""
+    server.answers(error(status, code))
+
+    with pytest.raises(StoreDenied) as caught:
+        put(store)
+
+    assert is_everywhere == caught.value.is_everywhere
+
+
 def test_what_the_server_said_of_a_refused_object_is_told(store: Store, server: ScriptedServer) -> None:
     server.answers(error(400, "InvalidArgument", "no such storage class"))
 
@@ -1050,8 +1070,17 @@ def test_a_probe_raises_what_a_put_raises(store: Store, server: ScriptedServer) 
     assert "public-read" == server.requests[0].headers["x-amz-acl"]
 
 
+def test_a_probe_has_content(store: Store, server: ScriptedServer) -> None:
+    """A server that is full, and a wire that flips bits, have nothing against an empty object."""
+    server.answers(confirmed(PROBE), Reply(204))
+
+    store.probe(BUCKET, KEY, JPEG)
+
+    assert [PROBE, b""] == [request.body for request in server.requests] and PROBE
+
+
 def test_a_probe_that_cannot_be_deleted_is_a_good_one(store: Store, server: ScriptedServer) -> None:
-    server.answers(confirmed(b""), error(403, "AccessDenied"))
+    server.answers(confirmed(PROBE), error(403, "AccessDenied"))
 
     store.probe(BUCKET, ".spoold-probe", JPEG)
 
@@ -1214,6 +1243,30 @@ def test_credentials_that_were_refused_are_read_anew(
         put(store)
 
     assert ["OLD", "NEW"] == [
+        request.headers["Authorization"].partition("Credential=")[2].partition("/")[0] for request in server.requests
+    ]
+
+
+def test_credentials_that_were_rotated_meanwhile_are_tried_at_once(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody need act, and nothing need be held: whoever asks again is let in."""
+    credentials = tmp_path / "credentials"
+    credentials.write_text("[default]\naws_access_key_id = OLD\naws_secret_access_key = old\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+
+    with contextlib.closing(store_of(server.endpoint_url)) as store:
+        server.answers(confirmed(), error(400, "ExpiredToken"), confirmed())
+        put(store)
+        credentials.write_text("[default]\naws_access_key_id = NEW\naws_secret_access_key = new\n")
+        with pytest.raises(StoreUnavailable, match="400 ExpiredToken, but there are other credentials now") as caught:
+            put(store)
+        put(store)
+
+    assert caught.value.never_sent and caught.value.is_everywhere
+    assert ["OLD", "OLD", "NEW"] == [
         request.headers["Authorization"].partition("Credential=")[2].partition("/")[0] for request in server.requests
     ]
 
