@@ -186,7 +186,7 @@ OUTAGES = {
         setting({"keys": {}}, {"keys": {ACCESS_KEY: {"secret": SECRET_KEY}}}), "InvalidAccessKeyId", "renew the credentials",
     ),
 }  # fmt: skip
-QUICK = {"503", "full", "the bucket vanishes"}  # the others take as long, and differ in the store only
+QUICK = {"503", "full"}  # the others take as long, and differ in the store only
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.soak) for case in OUTAGES])
@@ -204,6 +204,7 @@ def test_rule_11_an_outage_in_the_middle_holds_the_spool_and_costs_no_record_an_
         begin(site, server, proxy)
         shop.save(*range(6, 18))
         held = daemon.until_event("spool.held")
+        until(lambda: "queued" in shop.states(), "what came meanwhile waits")
         shop.until_nothing_goes_up()
         states, status = shop.states(), site.spoold("status").stdout
         shop.demand_waiting_is_on_disk()
@@ -251,7 +252,7 @@ def test_a_setting_that_s3_refuses_holds_the_spool_and_buries_no_record(tmp_path
     with site.daemon(constants=QUICK_TRIES) as daemon:
         shop.save(*range(6))
         held = daemon.until_event("spool.held")
-        until(lambda: not site.query("SELECT * FROM claim"), "every record is put back")
+        until(lambda: {"queued"} == set(shop.states()), "every record waits")
         states = shop.states()
 
         assert not daemon.events("batch.dead") and not daemon.events("batch.deferred")
@@ -272,7 +273,9 @@ def test_a_setting_that_s3_refuses_holds_the_spool_and_buries_no_record(tmp_path
     ("fault", "error"),
     [
         pytest.param(Answer(403, error_body("AccessDenied")), "StoreDenied", id="denied", marks=pytest.mark.soak),
-        pytest.param(Answer(403, error_body("SignatureDoesNotMatch")), "StoreDenied", id="rewritten on its way"),
+        pytest.param(
+            Answer(403, error_body("SignatureDoesNotMatch")), "StoreDenied", id="rewritten on its way", marks=pytest.mark.soak
+        ),
         pytest.param(Answer(503, SLOW_DOWN), "StoreUnavailable", id="503", marks=pytest.mark.soak),
     ],
 )
@@ -399,7 +402,8 @@ def test_what_lands_after_two_restarts_and_in_reverse_is_undone(
 # Bytes that flip on their way to a server that does not check
 
 
-@pytest.mark.parametrize("checksum", [pytest.param("none", marks=pytest.mark.soak), "crc32"])
+@pytest.mark.soak
+@pytest.mark.parametrize("checksum", ["none", "crc32"])
 def test_flipped_bytes_are_found_where_the_server_does_not_look(
     tmp_path: Path, rclone_server: RcloneServer, checksum: str
 ) -> None:
@@ -427,7 +431,7 @@ def test_a_wire_that_flips_a_byte_of_everything_holds_the_spool(tmp_path: Path, 
         with site.daemon(constants=QUICK_TRIES) as daemon:
             shop.save(*range(6))
             held = daemon.until_event("spool.held")
-            until(lambda: not site.query("SELECT * FROM claim"), "every record is put back")
+            until(lambda: {"queued"} == set(shop.states()), "every record waits")
             states, on_disk = shop.states(), site.files()
             proxy.clear()
             shop.until_done()
