@@ -91,16 +91,17 @@ class Site:
     """One installation: a spool, a bucket on a server, a state directory, a configuration; daemons come and go.
 
     spool, upload, s3: laid over the quick defaults. endpoint_url: of a proxy in front of the server, if there is one.
+    root: of the spool, where it is not to be in `directory`.
     """
 
     def __init__(
         self, directory: Path, server: MotoServer | RcloneServer, *, endpoint_url: str | None = None,
         spool: Mapping[str, Any] | None = None, upload: Mapping[str, Any] | None = None,
-        s3: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None,
+        s3: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None, root: Path | None = None,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.server = server
-        self.root = directory / "spool"
+        self.root = root or directory / "spool"
         self.root.mkdir(exist_ok=True)
         self.bucket = f"bucket-{abs(hash(str(directory))) % 10**10}"
         server.create_bucket(self.bucket)
