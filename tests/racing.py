@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,7 +64,7 @@ class Race:
 
     def __init__(
         self, root: Path, server: RcloneServer, bucket: str, *, rewrites: int, files: int, kinds: Sequence[str] = KINDS,
-        pause_s: float = 0.4, seed: int = 0,
+        rest_s: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
         self._root = root
         self._bucket = server.directory / bucket
@@ -77,7 +76,7 @@ class Race:
         self._tasks = [
             Task(
                 kind, str(root), str(temporary), str(self._bucket), [path_of(kind, number) for number in range(files)],
-                rewrites, pause_s, seed,
+                rewrites, rest_s, seed,
             )
             for kind in kinds
         ]  # fmt: skip
@@ -107,9 +106,7 @@ class Race:
         """Wait for the writers' ends and return what they tell."""
         while self._running:
             told, _ = self._running[0].communicate(timeout=timeout_s)
-            report = Report(**json.loads(told))
-            report.failed = Counter(report.failed)
-            self._reports.append(report)
+            self._reports.append(Report(**json.loads(told)))
             self._running.pop(0)
         return self._reports
 
@@ -143,7 +140,7 @@ class Race:
             ]  # fmt: skip
             verdicts.append(
                 Verdict(
-                    report.kind, report.rewrites, report.taken, lost, stale, len(half), report.failed.total(),
+                    report.kind, report.rewrites, report.taken, lost, stale, len(half), sum(report.failed.values()),
                     (examples + half + [f"{step} failed {n} times" for step, n in report.failed.items()])[:10],
                 )
             )  # fmt: skip
@@ -153,10 +150,10 @@ class Race:
 @contextlib.contextmanager
 def racing(
     root: Path, server: RcloneServer, bucket: str, *, rewrites: int, files: int, kinds: Sequence[str] = KINDS,
-    pause_s: float = 0.4, seed: int = 0,
+    rest_s: float = 1.0, seed: int = 0,
 ) -> Iterator[Race]:  # fmt: skip
     """Have writers write for the block; whoever still does at its end is killed."""
-    race = Race(root, server, bucket, rewrites=rewrites, files=files, kinds=kinds, pause_s=pause_s, seed=seed)
+    race = Race(root, server, bucket, rewrites=rewrites, files=files, kinds=kinds, rest_s=rest_s, seed=seed)
     try:
         race.start()
         yield race
@@ -204,6 +201,12 @@ def _unchunked(request: Request) -> bytes:
 
 
 # Filesystems
+
+
+def filesystem_of(path: Path) -> str:
+    """Return the kind of filesystem that a path lies on."""
+    command = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextlib.contextmanager

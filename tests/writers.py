@@ -20,7 +20,6 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,6 +27,8 @@ from urllib.parse import quote
 
 PATIENCE_S = 0.5
 """How long a version may be nowhere: it may be renamed while we look here and there."""
+
+_IN_A_BURST_S = 0.03
 
 OLD = 1_234_567_890
 """The mtime which writers in place restore."""
@@ -61,7 +62,7 @@ class Task:
     """What a writer is to do.
 
     paths: below `root`. temporary: a directory on the same filesystem. bucket: the S3 server's directory of it.
-    pause_s: how long a file rests between two of its versions, on average; many rest for much less, some for longer.
+    rest_s: how long a file rests, on average, after a burst of some versions.
     rewrites: then it ends; it ends earlier, and in good order too, at SIGTERM.
     """
 
@@ -71,7 +72,7 @@ class Task:
     bucket: str
     paths: list[str]
     rewrites: int
-    pause_s: float
+    rest_s: float
     seed: int
 
 
@@ -88,7 +89,7 @@ class Report:
     rewrites: int = 0
     taken: int = 0
     newest: dict[str, int] = field(default_factory=dict)
-    failed: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, int] = field(default_factory=dict)
     lost: list[tuple[str, int, int | None]] = field(default_factory=list)
 
 
@@ -120,7 +121,7 @@ class Writer:
     def run(self) -> Report:
         """Write until all is done; see after the last versions, too, since nobody comes to them again."""
         now = time.monotonic()
-        due = [(now + self._chance.random() * self._task.pause_s, path) for path in self._task.paths]
+        due = [(now + self._chance.random() * self._task.rest_s, path) for path in self._task.paths]
         heapq.heapify(due)
         while self._report.rewrites < self._task.rewrites and not self._is_stopped:
             at, path = due[0]
@@ -130,7 +131,7 @@ class Writer:
                 self._write(path, content(path, version))
                 self._report.newest[path] = version
                 self._report.rewrites += 1
-                pause_s = self._chance.expovariate(1 / self._task.pause_s)
+                pause_s = self._chance.expovariate(1 / (self._task.rest_s if self._chance.random() < 0.4 else _IN_A_BURST_S))
             else:
                 pause_s = 0.01
             heapq.heapreplace(due, (time.monotonic() + pause_s, path))
@@ -180,7 +181,7 @@ class Writer:
         try:
             os.chmod(final, 0o644)
         except FileNotFoundError:
-            self._report.failed["chmod"] += 1
+            self._fail("chmod")
 
     def _truncate(self, path: str, whole: bytes) -> None:
         fd = self._opened(path)
@@ -245,7 +246,10 @@ class Writer:
                 os.makedirs(parent, exist_ok=True)
                 return act()
             except FileNotFoundError:
-                self._report.failed[step] += 1
+                self._fail(step)
+
+    def _fail(self, step: str) -> None:
+        self._report.failed[step] = self._report.failed.get(step, 0) + 1
 
 
 def _version_at(path: str, place: str) -> int | None:
