@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import figures
 from tests.paperclip import App
 from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer, StrictServer
 
@@ -56,7 +57,8 @@ def environment() -> Iterator[None]:
     """Give boto3 credentials that open nothing, and keep this machine's own settings out, for us and our children."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
-            if name.startswith(("AWS_", "SPOOLD_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            is_theirs = name.startswith(("AWS_", "SPOOLD_")) and name != figures.FILE
+            if is_theirs or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
                 patch.delenv(name)
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)

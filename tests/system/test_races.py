@@ -166,11 +166,11 @@ def test_somebody_who_tidies_up_at_once_makes_saves_of_the_app_fail(tmp_path: Pa
     root.mkdir()
 
     with racing(
-        root, rclone_server, rclone_server.create_bucket("tidy"), rewrites=40, files=40, rest_s=0.01, kinds=["replace"]
+        root, rclone_server, rclone_server.create_bucket("tidy"), rewrites=4_000, files=4_000, rest_s=0.5, kinds=["replace"]
     ) as race:  # fmt: skip
         while race.is_on:
             shutil.rmtree(root, ignore_errors=True)
         race.reports(timeout_s=10)
     (verdict,) = race.judge()
 
-    assert verdict.saves_failed and 40 == verdict.lost, verdict
+    assert verdict.saves_failed and verdict.lost, verdict
