@@ -54,6 +54,44 @@ def version_in(path: str, found: bytes) -> int | None:
     return None
 
 
+class Witness:
+    """Finds versions: where they were written, in the bucket, set aside.
+
+    bucket: the S3 server's directory of it; asking the server would cost it the time that the race needs.
+    """
+
+    def __init__(self, root: str, bucket: str) -> None:
+        self._root = root
+        self._bucket = bucket
+
+    def sees(self, path: str, version: int) -> bool:
+        """Say whether this version is somewhere. One that is renamed at this moment may be overlooked."""
+        return version in (self.on_disk(path), self.in_bucket(path)) or self._is_aside(path, version)
+
+    def on_disk(self, path: str) -> int | None:
+        return _version_at(path, os.path.join(self._root, path))
+
+    def in_bucket(self, path: str) -> int | None:
+        return _version_at(path, os.path.join(self._bucket, path))
+
+    def _is_aside(self, path: str, version: int) -> bool:
+        aside = os.path.join(self._root, ".spoold", "aside")
+        ending = f".{quote(path, safe=' ')}"
+        with contextlib.suppress(FileNotFoundError):
+            return any(
+                _version_at(path, os.path.join(aside, name)) == version for name in os.listdir(aside) if name.endswith(ending)
+            )
+        return False
+
+
+def _version_at(path: str, place: str) -> int | None:
+    try:
+        with open(place, "rb") as file:
+            return version_in(path, file.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 # What is told
 
 
@@ -103,6 +141,7 @@ class Writer:
         self._task = task
         self._chance = random.Random(f"{task.seed} {task.kind}")
         self._report = Report(task.kind)
+        self._witness = Witness(task.root, task.bucket)
         self._missing_since: dict[str, float] = {}
         self._held: dict[str, tuple[int, int]] = {}  # path → descriptor, how many versions are still written into it
         self._is_stopped = False
@@ -144,30 +183,17 @@ class Writer:
     def _is_there_or_given_up(self, path: str) -> bool:
         """Say whether the newest version is somewhere; it counts as lost once it was nowhere for too long."""
         version = self._report.newest.get(path)
-        if version is None or self._on_disk(path) == version:
+        if version is None or self._witness.on_disk(path) == version:
             self._missing_since.pop(path, None)
             return True
         since = self._missing_since.setdefault(path, time.monotonic())
-        in_bucket = _version_at(path, os.path.join(self._task.bucket, path))
-        if in_bucket != version and not self._is_aside(path, version):
+        if not self._witness.sees(path, version):
             if time.monotonic() - since < PATIENCE_S:
                 return False
-            self._report.lost.append((path, version, in_bucket))
+            self._report.lost.append((path, version, self._witness.in_bucket(path)))
         self._report.taken += 1
         del self._missing_since[path]
         return True
-
-    def _on_disk(self, path: str) -> int | None:
-        return _version_at(path, os.path.join(self._task.root, path))
-
-    def _is_aside(self, path: str, version: int) -> bool:
-        aside = os.path.join(self._task.root, ".spoold", "aside")
-        ending = f".{quote(path, safe=' ')}"
-        with contextlib.suppress(FileNotFoundError):
-            return any(
-                _version_at(path, os.path.join(aside, name)) == version for name in os.listdir(aside) if name.endswith(ending)
-            )
-        return False
 
     # The five kinds
 
@@ -250,14 +276,6 @@ class Writer:
 
     def _fail(self, step: str) -> None:
         self._report.failed[step] = self._report.failed.get(step, 0) + 1
-
-
-def _version_at(path: str, place: str) -> int | None:
-    try:
-        with open(place, "rb") as file:
-            return version_in(path, file.read())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def main() -> None:

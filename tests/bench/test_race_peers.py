@@ -22,7 +22,7 @@ from tests.servers import RcloneServer
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
 PEERS = Path(os.environ.get("PEERS", ".venv-peers")).absolute() / "bin"
-REWRITES, FILES, REST_S = 20_000, 24, 0.6  # as tests/system/test_races.py has them
+REWRITES, FILES, REST_S = 20_000, 64, 2.0  # as tests/system/test_races.py has them
 
 Command = Callable[[Path, str, str], Sequence[str]]
 """(root, bucket, endpoint URL) → arguments."""

@@ -101,7 +101,7 @@ def test_of_twenty_thousand_versions_of_each_writer_none_is_lost_stale_or_half(
 ) -> None:
     with mounted(filesystem, tmp_path) as place:
         verdicts = judge_a_race(
-            tmp_path, rclone_server, rewrites=20_000, files=24, rest_s=0.6, timeout_s=900, root=place / "spool"
+            tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, root=place / "spool"
         )  # fmt: skip
 
     demand_clean(verdicts)
@@ -113,7 +113,7 @@ def test_of_twenty_thousand_versions_none_is_lost_though_daemons_are_killed_agai
     tmp_path: Path, rclone_server: RcloneServer
 ) -> None:
     verdicts = judge_a_race(
-        tmp_path, rclone_server, rewrites=20_000, files=24, rest_s=0.6, timeout_s=900, kills_every_s=4
+        tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, kills_every_s=4
     )  # fmt: skip
 
     demand_clean(verdicts)
