@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from tests.paperclip import App, How
 from tests.writers import PATIENCE_S, Witness, content
@@ -56,7 +57,7 @@ class BusyApp:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._app = App(_path(task.root))
+        self._app = App(Path(task.root))
         self._witness = Witness(task.root, task.bucket)
         self._chance = random.Random(f"{task.seed} {task.attachment}")
         self._names: dict[int, str] = {}  # record → the name that the app's row has
@@ -158,3 +159,13 @@ class BusyApp:
                     self._report.lost.append((path, version, self._witness.in_bucket(path)))
                     break
                 time.sleep(0.01)
+
+
+def main() -> None:
+    app = BusyApp(Task(**json.loads(sys.argv[1])))
+    signal.signal(signal.SIGTERM, lambda *_: app.stop())
+    print(json.dumps(asdict(app.run())))
+
+
+if __name__ == "__main__":
+    main()

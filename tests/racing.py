@@ -210,9 +210,9 @@ def filesystem_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def mounted(kind: str, directory: Path, *, size_mb: int = 512) -> Iterator[Path]:
-    """Mount a new filesystem on `directory/KIND` for the block; skips the test where that cannot be done."""
-    place = directory / kind
+def mounted(kind: str, directory: Path, *, size_mb: int = 512, at: str = "") -> Iterator[Path]:
+    """Mount a new filesystem on `directory/KIND`, or `directory/AT`, for the block; skips the test where that cannot be done."""
+    place = directory / (at or kind)
     place.mkdir()
     if os.geteuid() != 0:
         pytest.skip("only root can mount")
