@@ -1,6 +1,8 @@
 """An app with Paperclip that never rests: it saves, replaces, reprocesses, destroys and rolls back, and remembers it all.
 
-    python -m tests.busy_app '{"attachment": "app1", "root": "/…/spool", …}'     # its report is a line of JSON, at the end
+    python -m tests.busy_app '{"attachment": "app1", "root": "/…/spool", …}'
+
+Its report is a line of JSON, at the end.
 """
 
 from __future__ import annotations
@@ -114,6 +116,10 @@ class BusyApp:
         if (name := self._names.pop(record, None)) is not None:
             self._app.destroy(self._task.attachment, record, name, STYLES)
             self._forget(record, name, self._loose)
+            # What took the place of another name may never have got into the bucket: then nothing replaced that one.
+            of_it = {path for path in self._replaced if path.startswith(f"{self._task.attachment}/{record}/")}
+            self._replaced -= of_it
+            self._loose |= of_it
 
     def _roll_back(self, record: int) -> None:
         """The files are there, the row is not; another save may take the same number."""

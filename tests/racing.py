@@ -1,9 +1,11 @@
 """Writers against whoever moves their files away, and the verdict: what was lost, published half, failed in the app.
 
     with racing(root, server, bucket, rewrites=400, files=20) as race:
-        ...                                   # somebody moves the files
-        reports = race.reports()              # when the writers have ended
-    verdicts = race.judge()                   # when the mover has, too
+        ...                     # somebody moves the files
+        race.reports(...)       # when the writers have ended
+    verdicts = race.judge()     # when the mover has, too
+
+The mover may be spoold or anybody else.
 """
 
 from __future__ import annotations
@@ -211,7 +213,7 @@ def filesystem_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def mounted(kind: str, directory: Path, *, size_mb: int = 512, at: str = "") -> Iterator[Path]:
-    """Mount a new filesystem on `directory/KIND`, or `directory/AT`, for the block; skips the test where that cannot be done."""
+    """Mount a new filesystem on `directory/KIND`, or `directory/AT`, for the block; skips the test where we cannot."""
     place = directory / (at or kind)
     place.mkdir()
     if os.geteuid() != 0:

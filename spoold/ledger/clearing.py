@@ -13,6 +13,8 @@ from spoold.ledger.schema import about, batch, batch_file, intent, key_owner, ob
 from spoold.ledger.walking import Walking
 from spoold.model import Answer, BatchFile, Claim, Identity, State
 
+_REMOVE_AGAIN_S = 300.0  # after a DELETE that was not confirmed
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -333,7 +335,7 @@ class Clearing(Walking):
                 return
             here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
             if answer is not Answer.CONFIRMED:
-                change.execute(update(replaced).where(here).values(due_at=change.now + 300))
+                change.execute(update(replaced).where(here).values(due_at=change.now + _REMOVE_AGAIN_S))
                 return
             change.execute(delete(replaced).where(here))
             # An older PUT of this key that is in doubt may still bring it back: then it stays ours, to be looked at again.

@@ -21,7 +21,7 @@ from tests.servers import RcloneServer
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
-PEERS = Path(os.environ.get("PEERS", ".venv-peers")).absolute() / "bin"
+PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin"
 REWRITES, FILES, REST_S = 20_000, 64, 2.0  # as tests/system/test_races.py has them
 
 Command = Callable[[Path, str, str], Sequence[str]]
@@ -65,7 +65,9 @@ def _rclone_remote(server: RcloneServer, endpoint_url: str) -> dict[str, str]:
     return {"RCLONE_CONFIG": "", **{f"RCLONE_CONFIG_PEER_{name.upper()}": value for name, value in remote.items()}}
 
 
-def _move_until(command: Sequence[str], environment: dict[str, str], is_over: Callable[[], bool], *, at_most_s: float = 3000) -> int:
+def _move_until(
+    command: Sequence[str], environment: dict[str, str], is_over: Callable[[], bool], *, at_most_s: float = 3000
+) -> int:
     """Run the mover again and again; return how often. That it fails, since files change or go, is its own affair."""
     runs, deadline = 0, time.monotonic() + at_most_s
     while not is_over() and time.monotonic() < deadline:

@@ -55,10 +55,10 @@ def judge_a_race(
                 race.reports(timeout_s=timeout_s)
                 until(lambda: is_drained(site, daemon), "everything has gone up", timeout_s=timeout_s)
         verdicts = race.judge()
+        settings = "shipped" if spool is AS_SHIPPED else "fast"
         for verdict in verdicts:
             figures.record(
-                "race", tool="spoold", filesystem=filesystem_of(site.root), settings="shipped" if spool is AS_SHIPPED else "fast",
-                kills=kills, **verdict.figures,
+                "race", tool="spoold", settings=settings, filesystem=filesystem_of(site.root), kills=kills, **verdict.figures
             )  # fmt: skip
         return verdicts
 

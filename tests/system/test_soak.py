@@ -1,6 +1,7 @@
 """For as long as asked: apps, writers, weather, kills, freezes, full disks. Then everything is downloaded and compared.
 
-    make soak MINUTES=15          # SOAK_SEED=… does the same things in the same order again, as far as chance lets it
+`make soak MINUTES=15` runs it; with the SOAK_SEED that it prints the same things come in the same order, as far as chance
+lets them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ APPS = 3
 _SOON = {
     "spoold.cleanup._OPEN_AGAIN_S": 0.5, "spoold.cleanup._LOOK_AGAIN_S": 0.2, "spoold.uploader._PERSISTENCE_S": 1.0,
     "spoold.owner.LEASE_S": 3.0, "spoold.daemon.LEASE_S": 3.0, "spoold.daemon._REMOVE_EVERY_S": 0.5,
+    "spoold.ledger.clearing._REMOVE_AGAIN_S": 2.0,
 }  # fmt: skip
 CONSTANTS = BRISK | _SOON
 _DOUBT_S = 4.0
@@ -248,7 +250,7 @@ def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int) ->
             directory, server, endpoint_url=proxy.endpoint_url,
             upload={"doubt": f"{_DOUBT_S}s", "retry": {"crashes": 1_000_000}},
             spool={
-                "sweep_every": "5s", "replaced_after": "1s", "max_deletes_per_hour": 10_000_000,
+                "sweep_every": "5s", "replaced_after": "5s", "max_deletes_per_hour": 10_000_000,
                 "complete": {"settle": "50ms"}, "cleanup": {"min_age": "500ms", "grace": "30ms", "keep_empty_dirs_for": "1s"},
             },
         )  # fmt: skip
@@ -259,15 +261,18 @@ def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int) ->
         end_apps = stack.enter_context(busy_apps(site, bucket, seed))
         daemons = Daemons(site, random.Random(chance.random()), stack)
         disk = random.Random(chance.random())
-        turns: list[Callable[[], None]] = [lambda: weather.change(stop), lambda: daemons.disturb(stop)]
+        turns: list[Callable[[], None]] = [lambda: daemons.disturb(stop)]
         if may_fill:
             turns.append(lambda: fill_now_and_then(directory / "state", disk, stop))
         troubles: list[BaseException] = []
         threads = [threading.Thread(target=again_and_again, args=(turn, stop, troubles), daemon=True) for turn in turns]
         for thread in threads:
             thread.start()
-        stop.wait(seconds)
-        stop.set()
+        timer = threading.Timer(seconds, stop.set)
+        timer.start()
+        # In this thread, since a server dies with the thread that starts it.
+        again_and_again(lambda: weather.change(stop), stop, troubles)
+        timer.join()
         for thread in threads:
             thread.join()
         assert not troubles, troubles
