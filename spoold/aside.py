@@ -40,11 +40,17 @@ class AsideDirectory:
             return sorted(os.listdir(fd))
 
     def take(self, file: BatchFile) -> bool:
-        """Rename a file to its name in aside/; say whether it was there."""
+        """Rename a file to its name in aside/; say whether it was there, and still the one that was stored.
+
+        A newer version may have come since it was looked at, and its app may yet chmod it by name (FACTS 3). One that
+        comes at this very moment is found out by `differs`.
+        """
         assert file.aside_name is not None, "it has a name there"
         parent, leaf = os.path.split(file.file.path)
         try:
             with self._spool.directory(parent) as directory, self.directory() as aside:
+                if Identity.of(os.stat(leaf, dir_fd=directory, follow_symlinks=False)) != file.file.identity:
+                    return False
                 rename_noreplace(leaf, file.aside_name, dir_fd=directory, to_dir_fd=aside)
         except (Vanished, FileNotFoundError):
             return False

@@ -112,6 +112,20 @@ def test_an_app_that_still_chmods_by_name_finds_its_file(bench: Bench) -> None:
     (bench.root / ORIGINAL).chmod(0o644)
 
 
+def test_a_version_that_comes_between_the_look_and_the_rename_stays_for_its_chmod(bench: Bench) -> None:
+    """It would come back, but its app, which is about to chmod it by name, would not find it meanwhile (FACTS 3)."""
+    claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
+    saved = bench.directory / "saved"
+    saved.write_bytes(b"A CAT")
+    bench.interruptions = [lambda: saved.rename(bench.root / ORIGINAL)]
+
+    step(bench, bench.cleaner(grace_s=10.0), claim)
+
+    assert [] == bench.interruptions
+    assert b"A CAT" == bench.read(ORIGINAL) and [] == bench.aside()
+    assert "file.given_back" not in bench.events()
+
+
 def test_nobody_waits_twice_for_the_grace(bench: Bench) -> None:
     cleaner = bench.cleaner(grace_s=10.0)
     claim = bench.batch_stored(CAT)
