@@ -260,7 +260,7 @@ class Daemon:
     def __init__(
         self, site: Site, log_file: Path, constants: Mapping[str, object] = MappingProxyType({}), within: Sequence[str] = ()
     ) -> None:
-        self._log_file = log_file
+        self.log_file = log_file
         program = ["-c", _with_constants(constants)] if constants else ["-m", "spoold"]
         with open(log_file, "wb") as log:
             self.process = subprocess.Popen(
@@ -270,7 +270,7 @@ class Daemon:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far; a line that is no JSON fails the test."""
-        text = self._log_file.read_text()
+        text = self.log_file.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def events(self, name: str | None = None, **keys: Any) -> list[dict[str, Any]]:
@@ -286,7 +286,7 @@ class Daemon:
         def found() -> dict[str, Any] | None:
             events = self.events(name, **keys)
             is_there = len(events) >= count
-            assert is_there or self.process.poll() is None, f"the daemon ended: {self._log_file.read_text()[-3000:]}"
+            assert is_there or self.process.poll() is None, f"the daemon ended: {self.log_file.read_text()[-3000:]}"
             return events[count - 1] if len(events) >= count else None
 
         line: dict[str, Any] = until(found, f"{name} {keys}", timeout_s=timeout_s)

@@ -42,6 +42,8 @@ _SOON = {
     "spoold.ledger.clearing._REMOVE_AGAIN_S": 2.0,
 }  # fmt: skip
 CONSTANTS = BRISK | _SOON
+# Drained, or not in time; no ledger at the start, with a full disk; killed, or told to end before it had set its handlers.
+_LEGAL_ENDS = (0, 75, 69, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
 _DOUBT_S = 4.0
 _LATE_AT_MOST_S = 2.0
 
@@ -136,6 +138,9 @@ class Daemons:
         act(stop)
         for daemon in [daemon for daemon in self._running if daemon.process.poll() is not None]:
             self._running.remove(daemon)
+            assert daemon.process.returncode in _LEGAL_ENDS, (
+                f"a daemon ended with {daemon.process.returncode}: {daemon.log_file}"
+            )
         if not self._running:
             self._start()
         stop.wait(self._chance.uniform(0.5, 8))
@@ -154,7 +159,7 @@ class Daemons:
         self._any().kill()
 
     def _drain(self, stop: threading.Event) -> None:
-        assert self._any().drain(timeout_s=60) in (0, 75, -signal.SIGTERM)
+        self._any().drain(timeout_s=60)
 
     def _freeze(self, stop: threading.Event) -> None:
         """At times for longer than its claims last."""
