@@ -29,6 +29,8 @@ PATIENCE_S = 0.5
 """How long a version may be nowhere: it may be renamed while we look here and there."""
 
 _IN_A_BURST_S = 0.03
+_AFTER_IT_WENT_UP_S = 0.05
+_LURKS_FOR_RESTS = 10
 
 OLD = 1_234_567_890
 """The mtime which writers in place restore."""
@@ -100,7 +102,8 @@ class Task:
     """What a writer is to do.
 
     paths: below `root`. temporary: a directory on the same filesystem. bucket: the S3 server's directory of it.
-    rest_s: how long a file rests, on average, after a burst of some versions.
+    rest_s: how long a file rests, on average, after a burst of some versions. Now and then a writer lurks instead: it comes
+    again just after its version has gone up, when a mover is about to let go of the file.
     rewrites: then it ends; it ends earlier, and in good order too, at SIGTERM.
     """
 
@@ -143,6 +146,7 @@ class Writer:
         self._report = Report(task.kind)
         self._witness = Witness(task.root, task.bucket)
         self._missing_since: dict[str, float] = {}
+        self._lurking: dict[str, float] = {}  # path → until when, at most
         self._held: dict[str, tuple[int, int]] = {}  # path → descriptor, how many versions are still written into it
         self._is_stopped = False
         writers: dict[str, Callable[[str, bytes], None]] = {
@@ -165,18 +169,37 @@ class Writer:
         while self._report.rewrites < self._task.rewrites and not self._is_stopped:
             at, path = due[0]
             time.sleep(max(0.0, at - time.monotonic()))
-            if self._is_there_or_given_up(path):
+            if path in self._lurking:
+                pause_s = self._lurk(path)
+            elif self._is_there_or_given_up(path):
                 version = self._report.newest.get(path, 0) + 1
                 self._write(path, content(path, version))
                 self._report.newest[path] = version
                 self._report.rewrites += 1
-                pause_s = self._chance.expovariate(1 / (self._task.rest_s if self._chance.random() < 0.4 else _IN_A_BURST_S))
+                pause_s = self._pause_s(path)
             else:
                 pause_s = 0.01
             heapq.heapreplace(due, (time.monotonic() + pause_s, path))
         for fd, _ in self._held.values():
             os.close(fd)
         return self._report
+
+    # When to come again
+
+    def _pause_s(self, path: str) -> float:
+        chance = self._chance.random()
+        if chance < 0.03:
+            self._lurking[path] = time.monotonic() + _LURKS_FOR_RESTS * self._task.rest_s
+            return 0.02
+        return self._chance.expovariate(1 / (self._task.rest_s if chance < 0.4 else _IN_A_BURST_S))
+
+    def _lurk(self, path: str) -> float:
+        """Return in how many seconds to look again whether it has gone up, or to write, when it has."""
+        version = self._report.newest[path]
+        if self._witness.in_bucket(path) != version and time.monotonic() < self._lurking[path]:
+            return 0.02
+        del self._lurking[path]
+        return self._chance.expovariate(1 / _AFTER_IT_WENT_UP_S)
 
     # Has it survived?
 
