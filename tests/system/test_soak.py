@@ -31,10 +31,10 @@ from tests.proxy import HTML, SLOW_DOWN, Answer, Delay, Fault, FaultProxy, Flip,
 from tests.racing import mounted, racing
 from tests.servers import RcloneServer
 from tests.system.harness import BRISK, Daemon, Site, until
+from tests.writers import content
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "15"))
 SEED = int(os.environ.get("SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
-APPS = 3
 
 _SOON = {
     "spoold.cleanup._OPEN_AGAIN_S": 0.5, "spoold.cleanup._LOOK_AGAIN_S": 0.2, "spoold.uploader._PERSISTENCE_S": 1.0,
@@ -52,12 +52,16 @@ _LATE_AT_MOST_S = 2.0
 
 
 class Weather:
-    """What the network and the server do to requests, another thing every few seconds. A rule for a proxy."""
+    """What the network and the server do to requests, another thing every few seconds. `rule` is one for a proxy.
 
-    def __init__(self, proxy: FaultProxy, server: RcloneServer, chance: random.Random) -> None:
+    pace: 1.0; less is faster.
+    """
+
+    def __init__(self, proxy: FaultProxy, server: RcloneServer, chance: random.Random, *, pace: float) -> None:
         self._proxy = proxy
         self._server = server
         self._chance = chance
+        self._pace = pace
         self._now: Callable[[Request], Fault | None] = lambda request: None
         self._faults = 0
         self._lock = threading.Lock()
@@ -95,13 +99,13 @@ class Weather:
             self._proxy.go_away()
         if kind == "no server":
             self._server.stop(signal.SIGTERM)
-        stop.wait(self._chance.uniform(0.5, 4))
+        stop.wait(self._chance.uniform(0.5, 4) * self._pace)
         if kind == "away":
             self._proxy.come_back()
         if kind == "no server":
             self._server.start()
         self._now = self._kinds["fair"]
-        stop.wait(self._chance.uniform(0.5, 4))
+        stop.wait(self._chance.uniform(0.5, 4) * self._pace)
 
     def _sometimes(self, share: float, fault: Fault) -> Fault | None:
         return fault if self._chance.random() < share else None
@@ -121,11 +125,12 @@ class Weather:
 
 
 class Daemons:
-    """One daemon, two at times; each is killed, drained, frozen, told to reload, as chance will have it."""
+    """One daemon, two at times; each is killed, drained, frozen, told to reload, as chance will have it. pace: as Weather's."""
 
-    def __init__(self, site: Site, chance: random.Random, stack: ExitStack) -> None:
+    def __init__(self, site: Site, chance: random.Random, stack: ExitStack, *, pace: float) -> None:
         self._site = site
         self._chance = chance
+        self._pace = pace
         self._stack = stack
         self._running: list[Daemon] = []
         self.counts: Counter[str] = Counter()
@@ -143,7 +148,7 @@ class Daemons:
             )
         if not self._running:
             self._start()
-        stop.wait(self._chance.uniform(0.5, 8))
+        stop.wait(self._chance.uniform(0.5, 8) * self._pace)
 
     def end(self) -> None:
         for daemon in self._running:
@@ -165,7 +170,7 @@ class Daemons:
         """At times for longer than its claims last."""
         daemon = self._any()
         daemon.freeze()
-        stop.wait(self._chance.uniform(0.2, 6))
+        stop.wait(self._chance.uniform(0.2, 6) * self._pace)
         daemon.thaw()
 
     def _reload(self, stop: threading.Event) -> None:
@@ -206,10 +211,10 @@ def fill_now_and_then(directory: Path, chance: random.Random, stop: threading.Ev
 
 
 @contextlib.contextmanager
-def busy_apps(site: Site, bucket: Path, seed: int) -> Iterator[Callable[[], list[Report]]]:
+def busy_apps(site: Site, bucket: Path, seed: int, *, count: int) -> Iterator[Callable[[], list[Report]]]:
     """Run the apps for the block; what is yielded asks them to end and returns what they tell."""
     running = []
-    for number in range(APPS):
+    for number in range(count):
         task = Task(f"app{number}", str(site.root), str(bucket), records=10, rest_s=0.15, seed=seed)
         command = [sys.executable, "-m", busy_app.__name__, json.dumps(dataclasses.asdict(task))]
         home = Path(busy_app.__file__).parents[1]
@@ -234,17 +239,21 @@ def busy_apps(site: Site, bucket: Path, seed: int) -> Iterator[Callable[[], list
 @pytest.mark.soak
 @pytest.mark.timeout(60 * MINUTES + 900)
 def test_whatever_happens_nothing_is_lost_stale_half_left_or_foreign(tmp_path: Path, rclone_server: RcloneServer) -> None:
-    soak(tmp_path, rclone_server, seconds=60 * MINUTES, seed=SEED)
+    soak(tmp_path, rclone_server, seconds=60 * MINUTES, seed=SEED, apps=3, files=8)
 
 
+@pytest.mark.timeout(600)  # where many tests share few processors
 def test_whatever_happens_within_seconds_nothing_is_lost_stale_half_left_or_foreign(
     tmp_path: Path, rclone_server: RcloneServer
 ) -> None:
-    soak(tmp_path, rclone_server, seconds=8, seed=SEED)
+    soak(tmp_path, rclone_server, seconds=10, seed=SEED, apps=1, files=2, pace=0.25)
 
 
-def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int) -> None:
-    """Let everything happen at once for so long, then have it end well, and compare."""
+def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int, apps: int, files: int, pace: float = 1.0) -> None:
+    """Let everything happen at once for so long, then have it end well, and compare.
+
+    files: of each writer. pace: 1.0; with less all changes faster.
+    """
     print(f"SOAK_SEED={seed} does it again")
     chance = random.Random(seed)
     stop = threading.Event()
@@ -260,11 +269,11 @@ def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int) ->
             },
         )  # fmt: skip
         bucket = server.directory / site.bucket
-        weather = Weather(proxy, server, random.Random(chance.random()))
-        race = stack.enter_context(racing(site.root, server, site.bucket, rewrites=10**9, files=8, rest_s=1.5, seed=seed))
+        weather = Weather(proxy, server, random.Random(chance.random()), pace=pace)
+        race = stack.enter_context(racing(site.root, server, site.bucket, rewrites=10**9, files=files, rest_s=1.5, seed=seed))
         proxy.rules += [race.look_at, weather.rule]
-        end_apps = stack.enter_context(busy_apps(site, bucket, seed))
-        daemons = Daemons(site, random.Random(chance.random()), stack)
+        end_apps = stack.enter_context(busy_apps(site, bucket, seed, count=apps))
+        daemons = Daemons(site, random.Random(chance.random()), stack, pace=pace)
         disk = random.Random(chance.random())
         turns: list[Callable[[], None]] = [lambda: daemons.disturb(stop)]
         if may_fill:
@@ -283,20 +292,20 @@ def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int) ->
         assert not troubles, troubles
         race.stop()
         told = race.reports(timeout_s=60)
-        apps = end_apps()
+        reports = end_apps()
         daemons.end()
         with site.daemon(constants=CONSTANTS) as daemon:
             until(lambda: is_idle(site, daemon), "all is done", timeout_s=300)
         verdicts = race.judge()
-        verdict = compare(site, apps, {path for report in told for path in report.newest})
+        verdict = compare(site, reports, {path for report in told for path in report.newest})
     figures.record(
-        "soak", minutes=round(seconds / 60, 2), seed=seed, saves=sum(app.saves for app in apps),
+        "soak", minutes=round(seconds / 60, 2), seed=seed, saves=sum(app.saves for app in reports),
         rewrites=sum(each.rewrites for each in verdicts), kills=daemons.counts["kill"], restarts=daemons.counts["drain"],
         freezes=daemons.counts["freeze"], reloads=daemons.counts["reload"], faults=weather.faults,
         requests=len(proxy.seen), objects=verdict.objects, kept=verdict.kept,
         lost=len(verdict.lost) + sum(each.lost for each in verdicts), stale=sum(each.stale for each in verdicts),
         half=len(verdict.half) + sum(each.half for each in verdicts), foreign=len(verdict.foreign),
-        saves_failed=sum(len(app.failed) for app in apps) + sum(each.saves_failed for each in verdicts),
+        saves_failed=sum(len(app.failed) for app in reports) + sum(each.saves_failed for each in verdicts),
     )  # fmt: skip
     assert all(each.is_clean for each in verdicts), verdicts
     verdict.demand_clean()
@@ -379,3 +388,29 @@ def compare(site: Site, apps: list[Report], written: set[str]) -> Comparison:
     untrue += [f"{key}: the ledger does not tell of it" for key in objects.keys() - told.keys() - loose]
     kept = len(list((site.root / ".spoold" / "kept").iterdir()))
     return Comparison(len(objects), kept, lost, half, foreign, untrue)
+
+
+def test_the_comparison_finds_what_is_lost_old_half_foreign_and_untold(tmp_path: Path, rclone_server: RcloneServer) -> None:
+    site = Site(tmp_path, rclone_server)
+    (site.root / ".spoold" / "kept").mkdir(parents=True)
+    app = Report(
+        "app", newest={"fine": 2, "lost": 1, "old": 2, "half": 1}, loose=["rolled back"], replaced=["replaced"],
+        lost=[("gone meanwhile", 1, None)],
+    )  # fmt: skip
+    bucket = {
+        "fine": content("fine", 2), "old": content("old", 1), "half": content("half", 1)[:-1],
+        "rolled back": content("rolled back", 1), "replaced": content("replaced", 1), "foreign": content("foreign", 1),
+    }  # fmt: skip
+    for key, body in bucket.items():
+        rclone_server.client().put_object(Bucket=site.bucket, Key=key, Body=body)
+
+    found = compare(site, [app], set())
+
+    assert ["gone meanwhile", "half", "lost", "old"] == names(found.lost)
+    assert ["half"] == names(found.half)
+    assert ["foreign", "replaced"] == names(found.foreign)
+    assert ["fine", "foreign", "half", "old", "replaced"] == names(found.untrue), "there is no ledger that tells of them"
+
+
+def names(found: list[str]) -> list[str]:
+    return sorted(text.partition(":")[0] for text in found)
