@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from spoold.demo import RCLONE_ARGUMENTS, await_port, bound, free_port, rclone_binary
 
@@ -126,7 +127,19 @@ class Server:
         s3 = self.client()
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return {key: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+        return {key: self._content(s3, bucket, key) for key in keys}
+
+    def _content(self, s3: Any, bucket: str, key: str) -> bytes:
+        """Return an object's content; rclone answers 500 while the object is being put."""
+        for pause_s in (0.1, 0.3, 1.0, 0.0):
+            try:
+                body: bytes = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+                return body
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 500 or not pause_s:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("it was read or raised")
 
     def _command(self) -> list[str]:
         raise NotImplementedError

@@ -30,7 +30,7 @@ PATIENCE_S = 0.5
 
 _IN_A_BURST_S = 0.03
 _AFTER_IT_WENT_UP_S = 0.05
-_LURKS_FOR_RESTS = 10
+_LURKS_AT_MOST_S = 60.0
 
 OLD = 1_234_567_890
 """The mtime which writers in place restore."""
@@ -189,14 +189,15 @@ class Writer:
     def _pause_s(self, path: str) -> float:
         chance = self._chance.random()
         if chance < 0.03:
-            self._lurking[path] = time.monotonic() + _LURKS_FOR_RESTS * self._task.rest_s
+            self._lurking[path] = time.monotonic() + _LURKS_AT_MOST_S
             return 0.02
         return self._chance.expovariate(1 / (self._task.rest_s if chance < 0.4 else _IN_A_BURST_S))
 
     def _lurk(self, path: str) -> float:
         """Return in how many seconds to look again whether it has gone up, or to write, when it has."""
         version = self._report.newest[path]
-        if self._witness.in_bucket(path) != version and time.monotonic() < self._lurking[path]:
+        may_go_up = self._witness.on_disk(path) == version and self._witness.in_bucket(path) != version
+        if may_go_up and time.monotonic() < self._lurking[path]:
             return 0.02
         del self._lurking[path]
         return self._chance.expovariate(1 / _AFTER_IT_WENT_UP_S)

@@ -48,7 +48,7 @@ def judge_a_race(
             proxy.rules.append(race.look_at)
             chance = random.Random(0)
             while kills_every_s and race.is_on:
-                with site.daemon(ready=False, constants=RESTLESS) as daemon:
+                with site.daemon(ready=chance.random() < 0.7, constants=RESTLESS) as daemon:
                     wait(chance.uniform(0, 2 * kills_every_s), lambda: not race.is_on)
                     daemon.kill()
                     kills += 1
