@@ -18,8 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -74,7 +76,7 @@ class Race:
         temporary.mkdir(exist_ok=True)
         self._half: list[str] = []
         self._reports: list[Report] = []
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         self._tasks = [
             Task(
                 kind, str(root), str(temporary), str(self._bucket), [path_of(kind, number) for number in range(files)],
@@ -86,29 +88,34 @@ class Race:
     def start(self) -> None:
         for task in self._tasks:
             command = [sys.executable, "-I", "-S", writers.__file__, json.dumps(dataclasses.asdict(task))]
-            self._running.append(bound(command, signal.SIGKILL, stdout=subprocess.PIPE))
+            told = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reports` or `kill`; a pipe may be too small for it
+            self._running.append((bound(command, signal.SIGKILL, stdout=told), told))
 
     @property
     def is_on(self) -> bool:
         """Somebody still writes."""
-        return any(process.poll() is None for process in self._running)
+        return any(process.poll() is None for process, _ in self._running)
 
     def stop(self) -> None:
         """Ask the writers to end in good order."""
-        for process in self._running:
+        for process, _ in self._running:
             if process.poll() is None:
                 process.terminate()
 
     def kill(self) -> None:
-        for process in self._running:
+        for process, told in self._running:
             process.kill()
             process.wait()
+            told.close()
 
     def reports(self, *, timeout_s: float) -> list[Report]:
         """Wait for the writers' ends and return what they tell."""
         while self._running:
-            told, _ = self._running[0].communicate(timeout=timeout_s)
-            self._reports.append(Report(**json.loads(told)))
+            process, told = self._running[0]
+            assert process.wait(timeout_s) == 0, "a writer ended in good order"
+            told.seek(0)
+            self._reports.append(Report(**json.loads(told.read())))
+            told.close()
             self._running.pop(0)
         return self._reports
 

@@ -31,7 +31,7 @@ RESTLESS = BRISK | {"spoold.cleanup._OPEN_AGAIN_S": 0.2, "spoold.cleanup._LOOK_A
 
 
 def judge_a_race(
-    directory: Path, server: RcloneServer, *, rewrites: int, files: int, rest_s: float, timeout_s: float = 60,
+    directory: Path, server: RcloneServer, *, rewrites: int, files: int, rest_s: float, timeout_s: float = 240,
     root: Path | None = None, spool: Mapping[str, Any] = AT_FULL_SPEED, kinds: Sequence[str] = KINDS, kills_every_s: float = 0,
 ) -> list[Verdict]:  # fmt: skip
     """Let writers run against a daemon, then have it finish, and judge.
@@ -84,6 +84,7 @@ def demand_clean(verdicts: list[Verdict]) -> None:
     assert sum(verdict.taken for verdict in verdicts), verdicts
 
 
+@pytest.mark.timeout(600)  # where many tests share few processors
 def test_whoever_writes_in_whatever_way_nothing_is_lost_stale_or_half(tmp_path: Path, rclone_server: RcloneServer) -> None:
     verdicts = judge_a_race(tmp_path, rclone_server, rewrites=400, files=8, rest_s=0.6)
 
