@@ -137,8 +137,11 @@ class Daemons:
         self._start()
 
     def disturb(self, stop: threading.Event) -> None:
-        acts = [self._kill, self._kill, self._drain, self._freeze, self._reload, self._second]
-        act = self._chance.choice(acts)
+        """Let them work for some seconds, mostly, then do something to one of them."""
+        if self._chance.random() < 0.8:
+            until(lambda: stop.is_set() or all(map(is_up, self._running)), "the daemons are up", timeout_s=120)
+        stop.wait(self._chance.uniform(0.5, 8) * self._pace)
+        act = self._chance.choice([self._kill, self._kill, self._drain, self._freeze, self._reload, self._second])
         self.counts[act.__name__.strip("_")] += 1
         act(stop)
         for daemon in [daemon for daemon in self._running if daemon.process.poll() is not None]:
@@ -148,7 +151,6 @@ class Daemons:
             )
         if not self._running:
             self._start()
-        stop.wait(self._chance.uniform(0.5, 8) * self._pace)
 
     def end(self) -> None:
         for daemon in self._running:
@@ -189,8 +191,8 @@ class Daemons:
 
 
 def is_up(daemon: Daemon) -> bool:
-    """Say whether it can take a signal: before it has set its handlers, SIGHUP ends it."""
-    return any(line["event"] == "daemon.ready" for line in daemon.lines()[:50])
+    """Say whether it works, or has ended by itself. Before it has set its handlers, SIGHUP ends it."""
+    return daemon.process.poll() is not None or bool(daemon.events("daemon.ready"))
 
 
 # Disks
