@@ -7,6 +7,7 @@ for the same writers at the same pace are those of tests/system/test_races.py.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -79,9 +80,10 @@ def _move_until(
 def _record(tool: str, race: Race, root: Path, runs: int) -> None:
     version = {"rclone": ["version"], "aws": ["--version"], "s5cmd": ["version"]}[tool]
     told = subprocess.run([str(PEERS / tool), *version], capture_output=True, text=True, check=True)
-    name = (told.stdout or told.stderr).split("\n")[0].split(" Python")[0]
-    left = len(files_in(root))
+    number = re.findall(r"\d+\.\d+\.\d+", told.stdout + told.stderr)[0]
+    print(f"{tool} {number} ran {runs} times and left {len(files_in(root))} files")
     for verdict in race.judge():
+        name = f"{tool} {number}"
         figures.record(
-            "race", tool=tool, version=name, filesystem=filesystem_of(root), runs=runs, left=left, **verdict.figures
+            "race", tool=name, settings="in a loop", filesystem=filesystem_of(root), **verdict.figures, kills=0
         )  # fmt: skip

@@ -33,10 +33,12 @@ RESTLESS = BRISK | {"spoold.cleanup._OPEN_AGAIN_S": 0.2, "spoold.cleanup._LOOK_A
 def judge_a_race(
     directory: Path, server: RcloneServer, *, rewrites: int, files: int, rest_s: float, timeout_s: float = 240,
     root: Path | None = None, spool: Mapping[str, Any] = AT_FULL_SPEED, kinds: Sequence[str] = KINDS, kills_every_s: float = 0,
+    settings: str = "",
 ) -> list[Verdict]:  # fmt: skip
     """Let writers run against a daemon, then have it finish, and judge.
 
-    kills_every_s: how long a daemon lives, on average, while somebody writes; 0: as long as it likes.
+    kills_every_s: how long a daemon lives, on average, while somebody writes; 0: as long as it likes. settings: what the
+    figures call them; "" keeps no figures.
     """
     with FaultProxy(server.endpoint_url) as proxy:
         upload = {"doubt": "2s", "retry": {"crashes": 1_000_000}}
@@ -56,10 +58,10 @@ def judge_a_race(
                 race.reports(timeout_s=timeout_s)
                 until(lambda: is_drained(site, daemon), "everything has gone up", timeout_s=timeout_s)
         verdicts = race.judge()
-        settings = "shipped" if spool is AS_SHIPPED else "fast"
-        for verdict in verdicts:
+        for verdict in verdicts if settings else ():
+            filesystem = filesystem_of(site.root)
             figures.record(
-                "race", tool="spoold", settings=settings, filesystem=filesystem_of(site.root), kills=kills, **verdict.figures
+                "race", tool="spoold", settings=settings, filesystem=filesystem, **verdict.figures, kills=kills
             )  # fmt: skip
         return verdicts
 
@@ -103,7 +105,8 @@ def test_of_twenty_thousand_versions_of_each_writer_none_is_lost_stale_or_half(
 ) -> None:
     with mounted(filesystem, tmp_path) as place:
         verdicts = judge_a_race(
-            tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, root=place / "spool"
+            tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, root=place / "spool",
+            settings="fast",
         )  # fmt: skip
 
     demand_clean(verdicts)
@@ -115,7 +118,8 @@ def test_of_twenty_thousand_versions_none_is_lost_though_daemons_are_killed_agai
     tmp_path: Path, rclone_server: RcloneServer
 ) -> None:
     verdicts = judge_a_race(
-        tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, kills_every_s=4
+        tmp_path, rclone_server, rewrites=20_000, files=64, rest_s=2, timeout_s=900, kills_every_s=4,
+        settings="fast, killed again and again",
     )  # fmt: skip
 
     demand_clean(verdicts)
@@ -128,7 +132,8 @@ def test_of_twenty_thousand_replacements_none_fails_in_the_app_with_the_settings
 ) -> None:
     """A file that went before its chmod, or a directory before the rename, would be an error page (FACTS 3 and 20)."""
     (verdict,) = judge_a_race(
-        tmp_path, rclone_server, rewrites=20_000, files=300, rest_s=12, timeout_s=900, kinds=["replace"], spool=AS_SHIPPED
+        tmp_path, rclone_server, rewrites=20_000, files=300, rest_s=12, timeout_s=900, kinds=["replace"], spool=AS_SHIPPED,
+        settings="as shipped",
     )  # fmt: skip
 
     demand_clean([verdict])

@@ -241,7 +241,7 @@ def busy_apps(site: Site, bucket: Path, seed: int, *, count: int) -> Iterator[Ca
 @pytest.mark.soak
 @pytest.mark.timeout(60 * MINUTES + 900)
 def test_whatever_happens_nothing_is_lost_stale_half_left_or_foreign(tmp_path: Path, rclone_server: RcloneServer) -> None:
-    soak(tmp_path, rclone_server, seconds=60 * MINUTES, seed=SEED, apps=3, files=8)
+    soak(tmp_path, rclone_server, seconds=60 * MINUTES, seed=SEED, apps=3, files=8, keeps_figures=True)
 
 
 @pytest.mark.timeout(600)  # where many tests share few processors
@@ -251,7 +251,10 @@ def test_whatever_happens_within_seconds_nothing_is_lost_stale_half_left_or_fore
     soak(tmp_path, rclone_server, seconds=10, seed=SEED, apps=1, files=2, pace=0.25)
 
 
-def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int, apps: int, files: int, pace: float = 1.0) -> None:
+def soak(
+    directory: Path, server: RcloneServer, *, seconds: float, seed: int, apps: int, files: int, pace: float = 1.0,
+    keeps_figures: bool = False,
+) -> None:  # fmt: skip
     """Let everything happen at once for so long, then have it end well, and compare.
 
     files: of each writer. pace: 1.0; with less all changes faster.
@@ -300,15 +303,20 @@ def soak(directory: Path, server: RcloneServer, *, seconds: float, seed: int, ap
             until(lambda: is_idle(site, daemon), "all is done", timeout_s=300)
         verdicts = race.judge()
         verdict = compare(site, reports, {path for report in told for path in report.newest})
-    figures.record(
-        "soak", minutes=round(seconds / 60, 2), seed=seed, saves=sum(app.saves for app in reports),
-        rewrites=sum(each.rewrites for each in verdicts), kills=daemons.counts["kill"], restarts=daemons.counts["drain"],
-        freezes=daemons.counts["freeze"], reloads=daemons.counts["reload"], faults=weather.faults,
-        requests=len(proxy.seen), objects=verdict.objects, kept=verdict.kept,
-        lost=len(verdict.lost) + sum(each.lost for each in verdicts), stale=sum(each.stale for each in verdicts),
-        half=len(verdict.half) + sum(each.half for each in verdicts), foreign=len(verdict.foreign),
-        saves_failed=sum(len(app.failed) for app in reports) + sum(each.saves_failed for each in verdicts),
-    )  # fmt: skip
+    counts: dict[str, int | float] = {
+        "minutes": round(seconds / 60, 2), "seed": seed, "saves": sum(app.saves for app in reports),
+        "rewrites": sum(each.rewrites for each in verdicts),
+        "kills": daemons.counts["kill"], "restarts": daemons.counts["drain"],
+        "freezes": daemons.counts["freeze"], "reloads": daemons.counts["reload"], "faults": weather.faults,
+        "requests": len(proxy.seen), "objects": verdict.objects, "kept": verdict.kept,
+        "lost": len(verdict.lost) + sum(each.lost for each in verdicts), "stale": sum(each.stale for each in verdicts),
+        "half": len(verdict.half) + sum(each.half for each in verdicts), "foreign": len(verdict.foreign),
+        "saves_failed": sum(len(app.failed) for app in reports) + sum(each.saves_failed for each in verdicts),
+    }  # fmt: skip
+    if keeps_figures:
+        figures.record("soak", **counts)
+    else:
+        print(counts)
     assert all(each.is_clean for each in verdicts), verdicts
     verdict.demand_clean()
     assert not site.files() and not site.aside() and not site.query("SELECT * FROM claim"), "nothing is left"
