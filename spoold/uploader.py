@@ -198,14 +198,15 @@ class Uploader:
         if put.adopted is not None:
             return PutResult(put, Answer.CONFIRMED, put.adopted)
         doubt_at: float | None = None
+        give_up_at = self._clock.monotonic() + _PERSISTENCE_S
         try:
             if put.is_sought and (found := self._found(put)) is not None:
                 return PutResult(put, Answer.CONFIRMED, found, was_there=True)
             for attempt in tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type((StoreUnavailable, Unproven)),
-                stop=tenacity.stop_after_delay(_PERSISTENCE_S) | tenacity.stop_when_event_set(self._stop),
+                stop=lambda _: self._stop.is_set() or self._clock.monotonic() >= give_up_at,
                 wait=_wait,
-                sleep=tenacity.sleep_using_event(self._stop),
+                sleep=self._pause,
                 reraise=True,
             ):
                 with attempt:
@@ -237,6 +238,9 @@ class Uploader:
             return found
         digests = self._store.digest(put.bucket, put.key)
         return found if digests is not None and digests.sha256 == put.digests.sha256 else None
+
+    def _pause(self, seconds: float) -> None:
+        self._clock.wait(self._stop, seconds)
 
     def _send(self, put: Put, on_upload: Callable[[Put, str], None]) -> StoredObject:
         size = put.digests.size
