@@ -222,7 +222,7 @@ def mount_tmpfs(path: Path, options: str = "size=1m") -> None:
 
 
 @functools.cache
-def _empty_ledger() -> bytes:
+def ledger_template() -> bytes:
     """Return what the migrations make: running them takes 50 ms, and a test wants to begin."""
     with tempfile.TemporaryDirectory() as directory:
         Ledger(f"sqlite:///{directory}/ledger.db", clock=SystemClock()).close()
@@ -245,7 +245,7 @@ class Bench:
         self.root.mkdir(exist_ok=True)
         self.ledger_file = directory / "ledger.db"
         if not self.ledger_file.exists():
-            self.ledger_file.write_bytes(_empty_ledger())
+            self.ledger_file.write_bytes(ledger_template())
         self.ledger = Ledger(f"sqlite:///{self.ledger_file}", clock=self.clock)
         self.spool = Spool(name=NAME, root=self.root, layout=Layout(path, key, styles=styles), marker=marker)
         self.spool.move_in(self.ledger.id)
