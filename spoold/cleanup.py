@@ -437,16 +437,18 @@ class Cleaner:
 class Remover:
     """Deletes keys that a newer original replaced, from the ledger's list, never by listing a bucket (rule 7).
 
-    stores: spool → store. limits: spool → deletions an hour. demand_claim: as the Cleaner's.
+    stores: spool → store. limits: spool → deletions an hour. doubt_s: how long an unanswered PUT may still land, which
+    would bring a deleted key back. demand_claim: as the Cleaner's.
     """
 
     def __init__(
-        self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str,
+        self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str, doubt_s: float,
         demand_claim: Callable[[], None],
     ) -> None:  # fmt: skip
         self._ledger = ledger
         self._stores = stores
         self._limits = limits
+        self._doubt_s = doubt_s
         self._owner = owner
         self._demand_claim = demand_claim
         self._blown: set[str] = set()
@@ -458,7 +460,7 @@ class Remover:
         """
         removed = 0
         for spool in sorted(set(self._stores) - held):
-            keys = self._ledger.replaced_due([spool])
+            keys = self._ledger.replaced_due([spool], doubt_s=self._doubt_s)
             room = self._limits[spool] - self._ledger.deletes_in_last_hour(spool)
             if room >= len(keys):
                 self._blown.discard(spool)
@@ -474,7 +476,7 @@ class Remover:
         if fence is None:
             return False
         try:
-            intent = self._ledger.intend_delete(key)
+            intent = self._ledger.intend_delete(key, doubt_s=self._doubt_s)
             if intent is None:
                 return False
             try:

@@ -83,7 +83,7 @@ class Path_:
     versions: every content that it finished writing, oldest first. newest: the one that must be safe; None where nothing is
     promised, since the app removed the file before it was uploaded or has never finished one. at: which write that was, of all.
     is_fresh: no version before had these bytes. is_open: it is just being written. is_replaced: the app put another attachment in
-    the place of this one, so its key must go. was_wanted: it was needed before.
+    the place of this one, so its key must go. is_deleted: spoold has decided that its key must go.
     """
 
     path: str
@@ -93,6 +93,7 @@ class Path_:
     is_fresh: bool = False
     is_open: bool = False
     is_replaced: bool = False
+    is_deleted: bool = False
 
     @property
     def record(self) -> str:
@@ -118,7 +119,8 @@ class Written:
         it = self[path]
         it.is_fresh = content not in it.versions
         it.versions.append(content)
-        it.newest, it.at, it.is_open, it.is_replaced = content, next(self._writes), False, False
+        it.newest, it.at = content, next(self._writes)
+        it.is_open = it.is_replaced = it.is_deleted = False
 
     def promised(self) -> list[Path_]:
         """Return the paths whose newest version must be safe."""
@@ -134,7 +136,7 @@ class Written:
     def may_end_with(self, it: Path_) -> set[bytes | None]:
         """Return what the bucket may hold at this path's key when all is done."""
         if it.newest is None:
-            return {None, *it.versions}
+            return {None} if it.is_deleted else {None, *it.versions}
         newer = self.replacing(it)
         if it.is_replaced and any(other.is_fresh for other in newer):
             return {None}
@@ -309,7 +311,7 @@ Doing = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class At:
-    """Something that happens within a daemon's step, just before its `nth` (from 0) call at this point.
+    """Something that happens within daemons' steps, just before the `nth` call (from 0, from now on) at this point.
 
     point: "ledger" a change of the ledger · "demand" the question whether the claim lasts · a verb of the bucket, or "answer" when
     a request was carried out · a system call.
@@ -475,8 +477,9 @@ class Daemon:
             ledger=self.ledger, parts={NAME: parts}, holds=self._holds, retry=Retry(1.0, 300.0, 0), clock=clock
         )
         self._remover = Remover(
-            ledger=self.ledger, owner=self.owner.name, stores={NAME: store}, limits={NAME: 1000}, demand_claim=self._demand
-        )
+            ledger=self.ledger, owner=self.owner.name, stores={NAME: store}, limits={NAME: 1000}, doubt_s=DOUBT_S,
+            demand_claim=self._demand,
+        )  # fmt: skip
 
     def _demand(self) -> None:
         self._play.before("demand")
@@ -539,11 +542,13 @@ class Daemon:
             while self._unfinished:
                 self.ledger.put_back(self._unfinished[-1])
                 self._unfinished.pop()
+            self._play.counts["turns"] += 1
             if not self._has_moved_in or self.stop.is_set():
                 return False
             with self.owner.at_work() as may_claim:
                 claim = self.ledger.claim(self.owner.name, [NAME], lease_s=LEASE_S, crashes=3) if may_claim else None
                 if claim is not None:
+                    self._play.counts["walks"] += 1
                     self._pipeline.walk(claim)
         except LedgerUnavailable:
             if claim is not None:
@@ -611,8 +616,7 @@ class Play:
         self.app = App(self.root)
         self.daemons: list[Daemon] = []
         self._running: list[Daemon] = []
-        self._interruptions: list[At] = []
-        self._seen: Counter[str] = Counter()
+        self._armed: list[_Armed] = []
         self._is_interrupting = 0
         self._has_jumped = False
         self._current: dict[str, str] = {}  # record → the name of its attachment now
@@ -649,6 +653,11 @@ class Play:
         self.daemons.clear()
         self._stack.close()
 
+    def do(self, doing: Doing) -> None:
+        """Take a step: a verb of this class and its arguments."""
+        verb, *arguments = doing
+        getattr(self, verb)(*arguments)
+
     # Interruptions
 
     def before(self, point: str) -> None:
@@ -660,11 +669,12 @@ class Play:
             raise Crash  # it has died, and what unwinds does nothing any more
         if self._is_interrupting:
             return
-        nth = self._seen[point]
-        self._seen[point] += 1
-        for interruption in [at for at in self._interruptions if (at.point, at.nth) == (point, nth)]:
-            self._interruptions.remove(interruption)
-            self._interrupt(point, interruption.do)
+        for armed in [armed for armed in self._armed if armed.at.point == point]:
+            if armed.left:
+                armed.left -= 1
+            else:
+                self._armed.remove(armed)
+                self._interrupt(point, armed.at.do)
 
     def _interrupt(self, point: str, do: Doing) -> None:
         verb, *arguments = do
@@ -676,10 +686,10 @@ class Play:
             self._fail(point, *arguments)
             return
         if verb == "freeze" and point != "demand":
-            arguments = [min(arguments[0], BLINK_S)]  # from the demand to its effect it is not longer
+            do = verb, min(arguments[0], BLINK_S)  # from the demand to its effect it is not longer
         self._is_interrupting += 1
         try:
-            getattr(self, verb)(*arguments)
+            self.do(do)
         finally:
             self._is_interrupting -= 1
 
@@ -701,9 +711,10 @@ class Play:
         """Let a daemon do something, with interruptions unless this is one itself; it may die of them."""
         is_outermost = not self._is_interrupting
         if is_outermost:
-            self._interruptions, self._seen, self._has_jumped = list(interruptions), Counter(), False
+            self._has_jumped = False
+            self.counts["armed"] += len(interruptions)
+            self._armed += [_Armed(at, at.nth) for at in interruptions]
         self._running.append(daemon)
-        before = {path.name for path in self.root.iterdir()}
         try:
             yield
         except Crash:
@@ -712,18 +723,15 @@ class Play:
             self.daemons.remove(daemon)
         finally:
             self._running.pop()
-            if is_outermost:
-                self._interruptions = []
-        if is_outermost and not self.counts["interruptions"]:
-            assert before <= {path.name for path in self.root.iterdir()}, "no daemon removes a directory of the first level"
         self.demand_laws()
 
     # The app
 
-    def save(self, record: str, name: str, styles: tuple[str, ...] = STYLES, how: Any = "rename", *meanwhile: Doing) -> None:
+    def save(self, record: str, name: str, styles: tuple[str, ...] = STYLES, how: Any = "rename", meanwhile: Sequence[Doing] = ()) -> None:
         """Write an attachment, in the place of the one that the record has; between its steps these things happen."""
         if record in self._handles:
             return
+        styles = self.settings.styles or styles
         self._destroy(record, replaced_by=name)
         for path, it in self.written.paths.items():
             if it.record == record and path not in {self._path(record, style, name) for style in styles}:
@@ -756,8 +764,7 @@ class Play:
                 self._stamp(self._path(record, style, name))
                 self.written.finish(self._path(record, style, name), contents[style])
             if doings:
-                verb, *arguments = doings.popleft()
-                getattr(self, verb)(*arguments)
+                self.do(doings.popleft())
 
         self._current[record] = name
         self.app.save(attachment, id, name, contents, how=how, between=between)  # what it raises disturbs the app: a bug
@@ -964,6 +971,12 @@ class Play:
     def sweep(self, number: int = 0, interruptions: Sequence[At] = ()) -> None:
         self._let(number, lambda daemon: daemon.sweep(), interruptions)
 
+    def settle(self, number: int = 0) -> None:
+        """Sweep until what lies there has been quiet for long enough."""
+        self.sweep(number)
+        self.advance(1.5)
+        self.sweep(number)
+
     def look(self, record: str, number: int = 0, interruptions: Sequence[At] = ()) -> None:
         self._let(number, lambda daemon: daemon.look(record), interruptions)
 
@@ -992,7 +1005,7 @@ class Play:
             self.daemons.remove(daemon)
 
     def _daemon(self, number: int) -> Daemon | None:
-        return self.daemons[number] if number < len(self.daemons) else None
+        return self.daemons[number % len(self.daemons)] if self.daemons else None
 
     def _let(self, number: int, do: Callable[[Daemon], object], interruptions: Sequence[At]) -> None:
         daemon = self._daemon(number)
@@ -1104,7 +1117,7 @@ class Play:
             return
         newer = [other for other in self.written.replacing(it) if self.bucket.objects.get(other.path) in other.versions]
         assert newer, f"deletes {key}, which nothing has replaced"
-        it.newest = None  # from now on it need not be there
+        it.newest, it.is_deleted = None, True
 
     def demand_claim_is_sure(self, owner: str) -> None:
         """Who was told that his claims last has one, and it lasts a blink."""
@@ -1163,9 +1176,11 @@ class Play:
         """Let everything come to rest, with all faults off, and demand what must be true then."""
         self.bucket.fates.clear()
         self.bucket.outage = None
+        self._armed.clear()
         for record in list(self._handles):
             self.end_copy(record)
         for _ in range(100):
+            self._complete()
             if not self.daemons:
                 self.start()
             for daemon in list(self.daemons):
@@ -1176,22 +1191,31 @@ class Play:
                         if not daemon.work():
                             break
                     daemon.tend()
-            if (due_at := self._next_due()) is None:
+            if not (waits := self._moments()):
                 break
-            self.advance(min(1_000.0, max(1.0, due_at - self.clock.now())))
+            self.advance(min((due_in_s for _, due_in_s in waits if due_in_s > 0.01), default=2.0) + 0.01)
         else:
-            raise AssertionError(f"it does not come to rest: {self.query('SELECT * FROM batch')}")
+            raise AssertionError(f"it does not come to rest: {self._moments()}; {self.query('SELECT * FROM batch')}")
         self._demand_all_is_done()
 
-    def _next_due(self) -> float | None:
-        """Return the next moment at which somebody has something to do; None if nobody has."""
-        moments = [row[0] for row in self.query("SELECT due_at FROM batch WHERE due_at IS NOT NULL")]
-        moments += [row[0] for row in self.query("SELECT due_at FROM replaced")]
-        moments += [row[0] for row in self.query("SELECT until FROM claim")]
-        moments += [self.clock.now() + request.until - self.clock.monotonic() for request in self.bucket.late]
-        moments += [self.clock.now() for _ in self.query("SELECT 1 FROM sighting WHERE state != 'gone'")]
-        moments += [self.clock.now() for _ in self.query("SELECT 1 FROM batch WHERE state IN ('pending', 'dead')")]
-        return min(moments, default=None)
+    def _complete(self) -> None:
+        """Where an original needs its styles, the app does not leave it without."""
+        for record, name in self._current.items():
+            there = [style for style in STYLES if (self.root / self._path(record, style, name)).exists()]
+            if self.settings.styles and there == ["original"]:
+                self.late_style(record)
+
+    def _moments(self) -> list[tuple[str, float]]:
+        """Return in how many seconds somebody has something to do, and what."""
+        now = self.clock.now()
+        waits = [(f"batch {id}: {what}", due - now) for id, what, due in
+                 self.query("SELECT id, state || ' ' || waiting_for, due_at FROM batch WHERE due_at IS NOT NULL")]
+        waits += [(f"replaced {key}", due - now) for key, due in self.query("SELECT key, due_at FROM replaced")]
+        waits += [(f"claim of {record}", until - now) for record, until in self.query("SELECT record_key, until FROM claim")]
+        waits += [("late", request.until - self.clock.monotonic()) for request in self.bucket.late]
+        waits += [(f"sighting: {reason}", 0.0) for (reason,) in self.query("SELECT reason FROM sighting WHERE state != 'gone'")]
+        waits += [(state, 0.0) for (state,) in self.query("SELECT state FROM batch WHERE state IN ('pending', 'dead')")]
+        return waits
 
     def _demand_all_is_done(self) -> None:
         for path, it in self.written.paths.items():
@@ -1203,6 +1227,14 @@ class Play:
                 continue
             assert path.startswith(f"{HOUSE}/{KEPT}/"), f"left behind: {path}"
             assert file.read_bytes() not in {it.newest for it in self.written.promised()}, f"the newest version is in {path}"
+
+
+@dataclass(eq=False, slots=True)
+class _Armed:
+    """An interruption that waits for its moment, and how many calls will pass before."""
+
+    at: At
+    left: int
 
 
 @dataclass(slots=True)

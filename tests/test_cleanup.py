@@ -45,6 +45,7 @@ CAT = {"original/cat.jpg": b"a cat", "thumb/cat.jpg": b"cat"}
 ORIGINAL = f"{RECORD}/original/cat.jpg"
 THUMB = f"{RECORD}/thumb/cat.jpg"
 DAY_S = 86400.0
+DOUBT_S = 900.0
 OPEN_AGAIN_S = 15.0
 
 
@@ -1406,7 +1407,10 @@ DOG = {"original/dog.jpg": b"a dog"}
 
 
 def remover(bench: Bench, *, limit: int = 1000) -> Remover:
-    return Remover(ledger=bench.ledger, stores={NAME: bench.store}, limits={NAME: limit}, owner="me", demand_claim=bench.demand)
+    return Remover(
+        ledger=bench.ledger, stores={NAME: bench.store}, limits={NAME: limit}, owner="me", doubt_s=DOUBT_S,
+        demand_claim=bench.demand,
+    )  # fmt: skip
 
 
 def replaced(bench: Bench, server: RcloneServer, record: str = RECORD) -> None:
@@ -1486,7 +1490,7 @@ def test_a_spool_whose_fuse_has_blown_does_not_hold_up_another_one(real: Bench, 
             )
     both = Remover(
         ledger=real.ledger, stores={NAME: real.store, "other": real.store}, limits={NAME: 1000, "other": 0}, owner="me",
-        demand_claim=real.demand,
+        doubt_s=DOUBT_S, demand_claim=real.demand,
     )  # fmt: skip
 
     removed = both.remove_due(lease_s=LEASE_S, held=set())

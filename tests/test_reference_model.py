@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from tests.reference_model import (
     RECORDS,
     STYLES,
     At,
+    Doing,
     Fate,
     Play,
     Settings,
@@ -28,17 +28,17 @@ from tests.reference_model import (
 
 TOTAL: Counter[str] = Counter()
 
-records = st.sampled_from(RECORDS)
+records = st.sampled_from((RECORDS[0], *RECORDS))
 names = st.sampled_from(NAMES)
 styles = st.sampled_from(STYLES)
-fates = st.sampled_from(sorted(Fate))
+fates = st.sampled_from((Fate.LATE, Fate.LATE, Fate.LATE, Fate.LOST, *sorted(Fate)))
 numbers = st.integers(0, 1)
 moments = st.sampled_from((0.5, 1.5, 6.0, 11.0, 35.0, 70.0, 200.0, DOUBT_S - 1, DOUBT_S + 1, 4000.0))
 brief_moments = st.sampled_from((0.5, 1.5))
 jumps = st.sampled_from((-4000.0, -100.0, 40.0, 4000.0))
 
 
-def verb(name: str, *arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+def verb(name: str, *arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[Doing]:
     return st.tuples(st.just(name), *arguments)
 
 
@@ -68,16 +68,23 @@ world_doings = (
     verb("freeze", st.sampled_from((6.0, 35.0, 200.0))),
     verb("settle_late", st.integers(0, 3), st.booleans()),
     verb("fates", fates),
+    verb("fates", fates, fates),
     verb("start"),
     verb("kill", numbers, st.booleans()),
     verb("drain", numbers),
-    verb("fail", st.sampled_from(FAULTS)),
-    verb("crash", st.sampled_from((None, True, False))),
     verb("jump", jumps),
 )
-doings = st.one_of(*app_doings, *daemon_doings, *world_doings)
-interruptions = st.lists(st.builds(At, st.sampled_from(POINTS), st.integers(0, 5), doings), max_size=2)
+deaths = (
+    verb("fail", st.sampled_from(FAULTS)),
+    verb("crash", st.sampled_from((None, True, False))),
+    verb("crash", st.just(True)),
+)
+doings = st.one_of(*app_doings, *daemon_doings, *world_doings, *deaths)
+interruptions = st.lists(st.builds(At, st.sampled_from(POINTS), st.integers(0, 5), doings), max_size=3)
 meanwhile = st.lists(st.one_of(*daemon_doings, verb("advance", brief_moments)), max_size=3)
+saves = (
+    verb("save", records, names, st.sampled_from((STYLES, ("original",))), st.sampled_from(("rename", "copy")), meanwhile),
+)
 
 
 class World(RuleBasedStateMachine):
@@ -93,63 +100,49 @@ class World(RuleBasedStateMachine):
     def open(self, strangers: bool, **chosen: Any) -> None:
         self.play = Play(Settings(**chosen), strangers=strangers)
 
-    # The app
-
-    @rule(record=records, name=names, styles=st.sampled_from((STYLES, ("original",))), how=st.sampled_from(("rename", "copy")), meanwhile=meanwhile)
-    def save(self, record: str, name: str, styles: tuple[str, ...], how: str, meanwhile: list[tuple[Any, ...]]) -> None:
-        self.play.save(record, name, self.play.settings.styles or styles, how, *meanwhile)
-
-    @rule(doing=st.one_of(*app_doings))
-    def app(self, doing: tuple[Any, ...]) -> None:
+    @rule(doing=st.one_of(*saves))
+    def save(self, doing: Doing) -> None:
         self.do(doing)
 
-    # The daemons
+    @rule(doing=st.one_of(*app_doings))
+    def app(self, doing: Doing) -> None:
+        self.do(doing)
 
     @rule(number=numbers, interruptions=interruptions)
     def work(self, number: int, interruptions: list[At]) -> None:
-        self.play.work(number, interruptions)
+        self.do(("settle", number))
+        self.do(("work", number, interruptions))
 
-    @rule(number=numbers, interruptions=interruptions)
-    def sweep(self, number: int, interruptions: list[At]) -> None:
-        self.play.sweep(number, interruptions)
-
-    @rule(number=numbers, interruptions=interruptions)
-    def tend(self, number: int, interruptions: list[At]) -> None:
-        self.play.tend(number, interruptions)
+    @rule(turn=st.sampled_from(("work", "work", "sweep", "tend")), number=numbers, interruptions=interruptions)
+    def daemon(self, turn: str, number: int, interruptions: list[At]) -> None:
+        self.do((turn, number, interruptions))
 
     @rule(interruptions=interruptions)
     def start(self, interruptions: list[At]) -> None:
-        self.play.start(interruptions)
+        self.do(("start", interruptions))
 
     @rule(number=numbers)
     def settle(self, number: int) -> None:
-        """Sweep until what lies there has been quiet for long enough."""
-        self.play.sweep(number)
-        self.play.advance(1.5)
-        self.play.sweep(number)
-
-    # The world
+        self.do(("settle", number))
 
     @rule(seconds=moments)
     def advance(self, seconds: float) -> None:
-        self.play.advance(seconds)
+        self.do(("advance", seconds))
 
     @rule(doing=st.one_of(*world_doings))
-    def world(self, doing: tuple[Any, ...]) -> None:
-        if doing[0] not in ("fail", "crash"):
-            self.do(doing)
+    def world(self, doing: Doing) -> None:
+        self.do(doing)
 
     @rule(fates=st.lists(fates, min_size=1, max_size=4))
     def fates(self, fates: list[Fate]) -> None:
-        self.play.fates(*fates)
+        self.do(("fates", *fates))
 
     @rule(fate=st.sampled_from((None, Fate.FAILS, Fate.DENIED)))
     def outage(self, fate: Fate | None) -> None:
-        self.play.outage(fate)
+        self.do(("outage", fate))
 
-    def do(self, doing: tuple[Any, ...]) -> None:
-        verb, *arguments = doing
-        getattr(self.play, verb)(*arguments)
+    def do(self, doing: Doing) -> None:
+        self.play.do(doing)
 
     def teardown(self) -> None:
         if not hasattr(self, "play"):
