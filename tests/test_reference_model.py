@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from sqlalchemy import delete
 
+import spoold.aside
+import spoold.looker
+import spoold.uploader
+from spoold.aside import AsideDirectory
+from spoold.errors import StoreUnavailable
+from spoold.ledger import Ledger
+from spoold.ledger.schema import claim
+from spoold.model import Claim, Digests, Headers, StoredObject
+from spoold.owner import Owner
+from spoold.uploader import Uploader
 from tests.figures import record as record_figures
 from tests.reference_model import (
     DOUBT_S,
@@ -20,6 +34,7 @@ from tests.reference_model import (
     RECORDS,
     STYLES,
     At,
+    Bucket,
     Doing,
     Fate,
     Play,
@@ -27,6 +42,7 @@ from tests.reference_model import (
 )
 
 TOTAL: Counter[str] = Counter()
+RECORD = RECORDS[0]
 
 records = st.sampled_from((RECORDS[0], *RECORDS))
 names = st.sampled_from(NAMES)
@@ -174,3 +190,189 @@ def test_nothing_is_lost_stale_or_half_whatever_happens() -> None:
 @pytest.mark.timeout(7200)
 def test_nothing_is_lost_stale_or_half_in_thousands_of_plays() -> None:
     explore(int(os.environ.get("SPOOLD_EXAMPLES", "3000")), 60)
+
+
+# What it found: counterexamples, shrunk
+
+
+@pytest.fixture
+def play() -> Iterator[Play]:
+    """A play with the usual settings; it is brought to its end, and everything demanded, by the test."""
+    with Play() as play:
+        yield play
+
+
+def test_a_replaced_key_is_not_brought_back_by_an_older_put_that_lands_after_its_deletion(play: Play) -> None:
+    """With `replaced_after` below `upload.doubt` the DELETE was confirmed while the PUT could still land."""
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.fates(Fate.LATE)
+    play.work()
+    play.save(RECORD, "note.txt")
+    play.settle()
+    play.work()
+    play.advance(70)
+    play.tend()
+
+    play.end()
+
+
+# That it would find something: faults planted into spoold
+
+
+def skips_the_last_look(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """Cleanup believes that what it set aside is what was stored."""
+    patch.setattr(AsideDirectory, "differs", lambda self, file: None)
+    upload(play)
+    play.advance(6)
+    play.work(0, [At("rename", 0, ("rewrite", RECORD, "original", True))])
+
+
+def skips_the_hash(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """Cleanup asks for leases and trusts them."""
+    patch.setattr(spoold.aside, "_sha256", lambda fd: hashes.pop(0))
+    upload(play)
+    hashes = [digest for (digest,) in play.query("SELECT digest FROM batch_file ORDER BY id")] * 2
+    play.advance(6)
+    play.work(0, [At("rename", 0, ("rewrite", RECORD, "original", True))])
+
+
+def ignores_doubts(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """Cleanup lets go while an older PUT may still land."""
+    patch.setattr(Ledger, "doubts", lambda self, mine: {})
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.fates(Fate.LATE, Fate.FINE)
+    play.work()
+    play.rewrite(RECORD, "original")
+    play.settle()
+    play.work()
+
+
+def forgets_what_a_dead_daemon_sent(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """A daemon that takes a record over does not know that a PUT is under way."""
+    patch.setattr(Ledger, "_take_over", lambda self, change, key: change.execute(delete(claim).where(claim.c.record_key == key)))
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.work(0, [At("put", 0, ("crash", True))])
+    play.rewrite(RECORD, "original")
+    play.start()
+    play.settle()
+    play.work()
+
+
+def confirms_what_it_does_not_know(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """The uploader takes silence for yes."""
+    put = Bucket.put
+
+    def hopeful(self: Bucket, bucket: str, key: str, body: bytes, headers: Headers, digests: Digests) -> StoredObject:
+        with contextlib.suppress(StoreUnavailable):
+            return put(self, bucket, key, body, headers, digests)
+        return StoredObject(bucket, key, len(body), headers.content_type, digests.md5)
+
+    patch.setattr(Bucket, "put", hopeful)
+    play.fates(Fate.FAILS)
+    upload(play)
+
+
+def sends_what_it_reads_later(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """The uploader reads a file again and does not compare."""
+    patch.setattr(spoold.uploader, "_KEPT_FILE_BYTES", 0)
+    patch.setattr(Uploader, "_parts", lambda self, put, size: iter([(play.root / put.file.file.path).read_bytes()]))
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.work(0, [At("ledger", 1, ("rewrite", RECORD, "original", True))])
+
+
+def takes_what_is_being_written(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """Nobody asks whether a file is open for writing."""
+    patch.setattr(spoold.looker, "with_veto", lambda spool, images, snapshot, verdict, as_is: verdict)
+    play.begin_copy(RECORD, "note.txt", "original")
+    play.settle()
+    play.work()
+
+
+def works_on_without_its_claim(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """A daemon that was frozen past its claim goes on where it was."""
+    patch.setattr(Owner, "demand", lambda self: None)
+    play.start()
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.work(0, [At("demand", 0, ("freeze", 35.0))])
+
+
+def ignores_the_fence(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """The ledger takes changes from whoever had the claim once."""
+    patch.setattr(Ledger, "_demand", lambda self, change, mine, even_superseded=False: None)
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.work(0, [At("put", 1, ("rewrite", RECORD, "original")), At("put", 1, ("settle",))])
+
+
+def takes_absence_for_deletion(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """Keys whose files the app has removed are deleted."""
+    done = Ledger.done
+
+    def done_for(self: Ledger, mine: Claim, dirs_due_at: float | None) -> None:
+        done(self, mine, dirs_due_at)
+        with self.write() as change:
+            self._replace_others(change, replace(mine, batch=replace(mine.batch, id=0)), change.now)
+
+    patch.setattr(Ledger, "done", done_for)
+    upload(play)
+    play.advance(6)
+    play.work()
+    play.advance(11)
+    play.work()
+
+
+def overwrites_when_it_gives_back(patch: pytest.MonkeyPatch, play: Play) -> None:
+    """What comes back from aside takes the name of what the app has written since."""
+
+    def careless(name: str, to_name: str, *, dir_fd: int, to_dir_fd: int) -> None:
+        os.rename(name, to_name, src_dir_fd=dir_fd, dst_dir_fd=to_dir_fd)
+
+    patch.setattr(spoold.aside, "rename_noreplace", careless)
+    upload(play)
+    play.advance(6)
+    play.work()
+    play.kill()
+    play.save(RECORD, "cat.jpg")
+    patch.setattr(AsideDirectory, "differs", lambda self, file: "it is not what was stored")
+    play.start()
+
+
+PLANTED = (
+    skips_the_last_look, skips_the_hash, ignores_doubts, forgets_what_a_dead_daemon_sent, confirms_what_it_does_not_know,
+    sends_what_it_reads_later, takes_what_is_being_written, works_on_without_its_claim, ignores_the_fence,
+    takes_absence_for_deletion, overwrites_when_it_gives_back,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_fault_breaks_a_law(planted: Callable[[pytest.MonkeyPatch, Play], None]) -> None:
+    """A checker that cannot fail proves nothing."""
+    with Play() as play, pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        planted(patch, play)
+        play.end()
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_finds_a_planted_fault_passes_without_it(planted: Callable[[Any, Play], None]) -> None:
+    with Play() as play:
+        planted(Idle(), play)
+        play.end()
+
+
+class Idle:
+    """A monkeypatch that plants nothing."""
+
+    def setattr(self, target: object, name: str, value: object) -> None:
+        pass
+
+
+def upload(play: Play) -> None:
+    """Save a cat and have it uploaded; it still lies in the spool."""
+    play.save(RECORD, "cat.jpg")
+    play.settle()
+    play.work()
