@@ -82,6 +82,26 @@ class Missing(SpooldError):
         self.keys = keys
 
 
+class _Doubts:
+    """How long requests without an answer may still land, counted from when we first knew of each.
+
+    Not from when the ledger says that it ended: a wall clock that jumps forward would make it over (rule 4), and back never.
+    """
+
+    def __init__(self, doubt_s: float, clock: Clock) -> None:
+        self._doubt_s = doubt_s
+        self._clock = clock
+        self._known_since: dict[tuple[str, float], float] = {}  # key and when its doubt began → monotonic seconds
+
+    def left_s(self, doubt: tuple[str, float]) -> float:
+        """Return for how many seconds more a key may change. doubt: the key and when the ledger says that it began."""
+        moment = self._clock.monotonic()
+        over = [known for known, since in self._known_since.items() if moment > since + 2 * self._doubt_s and known != doubt]
+        for known in over:
+            del self._known_since[known]
+        return self._known_since.setdefault(doubt, moment) + self._doubt_s - moment
+
+
 class Cleaner:
     """Clears the batches of one spool.
 
@@ -102,6 +122,7 @@ class Cleaner:
         self._aside = AsideDirectory(spool)
         self._has_told_no_leases = False
         self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
+        self._doubts = _Doubts(rules.doubt_s, clock)
 
     def clear(self, claim: Claim) -> Due | None:
         """Let go of the batch's local files as far as it is time; None when none is left that may ever go.
@@ -134,15 +155,15 @@ class Cleaner:
         """See that what was stored is still there, and is there to stay."""
         now = self._clock.now()
         doubts = self._ledger.doubts(claim)
-        over_at = max(doubts.values(), default=0.0) + self._rules.doubt_s
-        if doubts and now < over_at:
-            return Due(over_at - now, "doubt")
+        left_s = max(map(self._doubts.left_s, doubts.items()), default=0.0)
+        if left_s > 0:
+            return Due(left_s, "doubt")
         stored_at = self._ledger.stored_moment(claim) or now
         if now < stored_at + self._rules.keep_for_s:
             return Due(stored_at + self._rules.keep_for_s - now, "keep_for")
         self._demand_proofs(claim, set(doubts))
         if doubts:
-            self._ledger.settle_doubts(claim, doubts, before=over_at - self._rules.doubt_s)
+            self._ledger.settle_doubts(claim, doubts, before=max(doubts.values()))
         return None
 
     def _demand_proofs(self, claim: Claim, doubtful: set[str]) -> None:
@@ -443,12 +464,12 @@ class Remover:
 
     def __init__(
         self, *, ledger: Ledger, stores: dict[str, Store], limits: dict[str, int], owner: str, doubt_s: float,
-        demand_claim: Callable[[], None],
+        clock: Clock, demand_claim: Callable[[], None],
     ) -> None:  # fmt: skip
         self._ledger = ledger
         self._stores = stores
         self._limits = limits
-        self._doubt_s = doubt_s
+        self._doubts = _Doubts(doubt_s, clock)
         self._owner = owner
         self._demand_claim = demand_claim
         self._blown: set[str] = set()
@@ -460,7 +481,8 @@ class Remover:
         """
         removed = 0
         for spool in sorted(set(self._stores) - held):
-            keys = self._ledger.replaced_due([spool], doubt_s=self._doubt_s)
+            due = self._ledger.replaced_due([spool])
+            keys = [key for key in due if key.doubt_at is None or self._doubts.left_s((key.key, key.doubt_at)) <= 0]
             room = self._limits[spool] - self._ledger.deletes_in_last_hour(spool)
             if room >= len(keys):
                 self._blown.discard(spool)
@@ -476,7 +498,7 @@ class Remover:
         if fence is None:
             return False
         try:
-            intent = self._ledger.intend_delete(key, doubt_s=self._doubt_s)
+            intent = self._ledger.intend_delete(key)
             if intent is None:
                 return False
             try:

@@ -96,7 +96,7 @@ class Daemon:
         self._remover = Remover(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
             limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools},
-            doubt_s=settings.upload.doubt, demand_claim=self._owner.demand,
+            doubt_s=settings.upload.doubt, clock=self._clock, demand_claim=self._owner.demand,
         )  # fmt: skip
         self._rebuilder = Rebuilder(
             ledger=self._ledger, store=self._store,

@@ -478,6 +478,7 @@ class Daemon:
         )
         self._remover = Remover(
             ledger=self.ledger, owner=self.owner.name, stores={NAME: store}, limits={NAME: 1000}, doubt_s=DOUBT_S,
+            clock=clock,
             demand_claim=self._demand,
         )  # fmt: skip
 
@@ -727,7 +728,9 @@ class Play:
 
     # The app
 
-    def save(self, record: str, name: str, styles: tuple[str, ...] = STYLES, how: Any = "rename", meanwhile: Sequence[Doing] = ()) -> None:
+    def save(
+        self, record: str, name: str, styles: tuple[str, ...] = STYLES, how: Any = "rename", meanwhile: Sequence[Doing] = ()
+    ) -> None:
         """Write an attachment, in the place of the one that the record has; between its steps these things happen."""
         if record in self._handles:
             return
@@ -796,7 +799,9 @@ class Play:
     def _removed(self, path: str) -> None:
         """The app removed a file of its own: what was not proven in the bucket by then is not promised any more."""
         it = self.written[path]
-        is_proven = it.newest is not None and self.bucket.objects.get(path) == it.newest and self._live().get(path) == _md5(it.newest)
+        is_proven = (
+            it.newest is not None and self.bucket.objects.get(path) == it.newest and self._live().get(path) == _md5(it.newest)
+        )
         if not is_proven or self._threats(it):
             it.newest = None
 
@@ -1208,8 +1213,12 @@ class Play:
     def _moments(self) -> list[tuple[str, float]]:
         """Return in how many seconds somebody has something to do, and what."""
         now = self.clock.now()
-        waits = [(f"batch {id}: {what}", due - now) for id, what, due in
-                 self.query("SELECT id, state || ' ' || waiting_for, due_at FROM batch WHERE due_at IS NOT NULL")]
+        waits = [
+            (f"batch {id}: {what}", due - now)
+            for id, what, due in self.query(
+                "SELECT id, state || ' ' || waiting_for, due_at FROM batch WHERE due_at IS NOT NULL"
+            )
+        ]
         waits += [(f"replaced {key}", due - now) for key, due in self.query("SELECT key, due_at FROM replaced")]
         waits += [(f"claim of {record}", until - now) for record, until in self.query("SELECT record_key, until FROM claim")]
         waits += [("late", request.until - self.clock.monotonic()) for request in self.bucket.late]

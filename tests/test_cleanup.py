@@ -909,12 +909,13 @@ def in_doubt(bench: Bench, content: bytes = b"an older cat") -> float:
 def test_rule_6_local_files_stay_until_an_older_doubt_is_over(real: Bench, rclone_server: RcloneServer) -> None:
     in_doubt(real)
     claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
+    cleaner = real.cleaner(doubt_s=900.0)
 
-    due = step(real, real.cleaner(doubt_s=900.0), claim)
+    due = step(real, cleaner, claim)
     assert due is not None
     while_in_doubt = real.files()
     real.clock.advance(due.in_s)
-    clear(real, real.cleaner(doubt_s=900.0), real.claimed())
+    clear(real, cleaner, real.claimed())
 
     assert ("doubt", [ORIGINAL]) == (due.waiting_for, while_in_doubt)
     assert 890 < due.in_s <= 900
@@ -924,17 +925,39 @@ def test_rule_6_local_files_stay_until_an_older_doubt_is_over(real: Bench, rclon
 def test_rule_6_what_an_older_put_overwrote_after_all_is_put_again(real: Bench, rclone_server: RcloneServer) -> None:
     in_doubt(real)
     claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
-    due = step(real, real.cleaner(doubt_s=900.0), claim)
+    cleaner = real.cleaner(doubt_s=900.0)
+    due = step(real, cleaner, claim)
     assert due is not None
     rclone_server.client().put_object(Bucket=BUCKET, Key=ORIGINAL, Body=b"an older cat")  # it lands
     real.clock.advance(due.in_s)
     claim = real.claimed()
 
     with pytest.raises(Missing) as caught:
-        real.cleaner(doubt_s=900.0).clear(claim)
+        cleaner.clear(claim)
 
     assert [ORIGINAL] == caught.value.keys
     assert [ORIGINAL] == real.files()
+
+
+@pytest.mark.parametrize("jump_s", [4000.0, -4000.0])
+def test_rule_6_a_wall_clock_that_jumps_neither_ends_a_doubt_nor_prolongs_it(
+    real: Bench, rclone_server: RcloneServer, jump_s: float
+) -> None:
+    """A clock set forward by an hour let a file go whose key an older PUT could still change."""
+    real.clock.advance(5000)
+    in_doubt(real)
+    claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
+    cleaner = real.cleaner(doubt_s=900.0)
+    cleaner.clear(claim)
+    real.clock.jump(jump_s)
+
+    real.clock.advance(890)
+    still = cleaner.clear(claim)
+    real.clock.advance(20)
+    after = cleaner.clear(claim)
+
+    assert still is not None and ("doubt", True) == (still.waiting_for, 0 < still.in_s <= 10)
+    assert after is not None and "doubt" != after.waiting_for
 
 
 def test_a_newer_version_that_is_live_is_not_let_go_by_an_older_claim(bench: Bench) -> None:
@@ -1409,7 +1432,7 @@ DOG = {"original/dog.jpg": b"a dog"}
 def remover(bench: Bench, *, limit: int = 1000) -> Remover:
     return Remover(
         ledger=bench.ledger, stores={NAME: bench.store}, limits={NAME: limit}, owner="me", doubt_s=DOUBT_S,
-        demand_claim=bench.demand,
+        clock=bench.clock, demand_claim=bench.demand,
     )  # fmt: skip
 
 
@@ -1490,7 +1513,7 @@ def test_a_spool_whose_fuse_has_blown_does_not_hold_up_another_one(real: Bench, 
             )
     both = Remover(
         ledger=real.ledger, stores={NAME: real.store, "other": real.store}, limits={NAME: 1000, "other": 0}, owner="me",
-        doubt_s=DOUBT_S, demand_claim=real.demand,
+        doubt_s=DOUBT_S, clock=real.clock, demand_claim=real.demand,
     )  # fmt: skip
 
     removed = both.remove_due(lease_s=LEASE_S, held=set())
@@ -1527,3 +1550,20 @@ def test_who_was_frozen_deletes_nothing(real: Bench, rclone_server: RcloneServer
     remover(real).remove_due(lease_s=LEASE_S, held=set())
 
     assert 3 == len(rclone_server.objects(BUCKET))
+
+
+def test_rule_7_a_key_is_not_deleted_while_an_unanswered_put_may_still_bring_it_back(
+    real: Bench, rclone_server: RcloneServer
+) -> None:
+    replaced(real, rclone_server)
+    with real.ledger.write() as change:
+        change.connection.exec_driver_sql("UPDATE intent SET doubt_at = 1 WHERE key LIKE '%original/cat.jpg'")
+    ours = remover(real)
+
+    at_once = ours.remove_due(lease_s=LEASE_S, held=set())
+    real.clock.jump(DAY_S)
+    in_doubt = ours.remove_due(lease_s=LEASE_S, held=set())
+    real.clock.advance(DOUBT_S)
+    later = ours.remove_due(lease_s=LEASE_S, held=set())
+
+    assert (1, 0, 1) == (at_once, in_doubt, later)

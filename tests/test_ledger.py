@@ -52,7 +52,6 @@ DOG = {"original/dog.jpg": b"a dog", "thumb/dog.jpg": b"dog"}
 CAT_KEYS = {f"{RECORD}/{path}" for path in CAT}
 DOG_KEYS = {f"{RECORD}/{path}" for path in DOG}
 DAY_S = 86400.0
-DOUBT_S = 900.0
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
@@ -1264,7 +1263,7 @@ def test_rule_8_the_same_key_in_another_bucket_is_another_key(bench: Bench) -> N
 
 
 def due(bench: Bench) -> set[str]:
-    return {key.key for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S)}
+    return {key.key for key in bench.ledger.replaced_due([NAME])}
 
 
 def test_rule_7_replaced_keys_are_due_once_their_time_has_passed(bench: Bench) -> None:
@@ -1346,7 +1345,7 @@ def test_rule_7_a_key_that_a_pending_manifest_may_hold_is_not_due(bench: Bench, 
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    [some] = bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S)[:1]
+    [some] = bench.ledger.replaced_due([NAME])[:1]
     for path in DOG:
         (bench.root / RECORD / path).unlink()
 
@@ -1359,7 +1358,7 @@ def test_rule_7_a_key_that_a_pending_manifest_may_hold_is_not_due(bench: Bench, 
             bench.ledger.bury(claim, BadPath("put: no"))
 
     assert set() == due(bench)
-    assert bench.ledger.intend_delete(some, doubt_s=DOUBT_S) is None
+    assert bench.ledger.intend_delete(some) is None
 
 
 @pytest.mark.parametrize("answer", ["doubt", "none", "confirmed"])
@@ -1402,8 +1401,8 @@ def test_rule_7_a_deleted_key_is_forgotten_and_free_for_others(bench: Bench) -> 
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
     with captured() as lines:
-        for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S):
-            intent = bench.ledger.intend_delete(key, doubt_s=DOUBT_S)
+        for key in bench.ledger.replaced_due([NAME]):
+            intent = bench.ledger.intend_delete(key)
             assert intent is not None
             bench.ledger.deleted(key, intent, Answer.CONFIRMED)
 
@@ -1416,29 +1415,28 @@ def test_rule_7_a_deleted_key_is_forgotten_and_free_for_others(bench: Bench) -> 
     assert [None, None] == [put.adopted for put in bench.ledger.intend(claim, taken)]
 
 
-def test_rule_7_a_replaced_key_that_an_unanswered_put_may_still_write_is_not_due(bench: Bench) -> None:
+def test_rule_7_a_replaced_key_tells_of_the_put_that_may_still_write_it(bench: Bench) -> None:
     """Landing after the DELETE, it would bring back what nobody looks at any more."""
     offered(bench, CAT)
     claim = bench.claimed()
-    puts = bench.intended(claim)
-    bench.ledger.answered([dataclasses.replace(result, doubt_at=bench.clock.now()) for result in confirmed(puts)])
-    done(bench, bench.ledger.stored(claim, confirmed(puts), replaced_after_s=DAY_S, elapsed_s=0.1))
-    for path in CAT:
-        (bench.root / RECORD / path).unlink()
-    offered(bench, DOG)
-    done(bench, bench.stored(bench.claimed(), replaced_after_s=0.0))
+    at = bench.clock.now()
+    results = [dataclasses.replace(result, doubt_at=at) for result in confirmed(bench.intended(claim))]
+    bench.ledger.answered(results)
+    done(bench, bench.ledger.stored(claim, results, replaced_after_s=DAY_S, elapsed_s=0.1))
+    done(bench, replace_with(bench, DOG, CAT))
+    bench.clock.advance(2 * DAY_S)
 
-    while_in_doubt = due(bench)
-    bench.clock.advance(DOUBT_S + 1)
+    keys = bench.ledger.replaced_due([NAME])
 
-    assert (set(), CAT_KEYS) == (while_in_doubt, due(bench))
+    assert CAT_KEYS == {key.key for key in keys}
+    assert [at, at] == [key.doubt_at for key in keys]
+    assert None not in [bench.ledger.intend_delete(key) for key in keys], "whoever saw it has waited"
 
 
-def test_rule_7_a_put_that_was_under_way_when_its_daemon_died_holds_a_deletion_back(bench: Bench) -> None:
+def test_rule_7_a_put_that_turns_out_to_be_in_doubt_holds_a_deletion_back(bench: Bench) -> None:
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    [some] = bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S)[:1]
     for path in DOG:
         (bench.root / RECORD / path).unlink()
     offered(bench, {path: b"another cat" for path in CAT})
@@ -1446,13 +1444,12 @@ def test_rule_7_a_put_that_was_under_way_when_its_daemon_died_holds_a_deletion_b
     for path in CAT:
         (bench.root / RECORD / path).unlink()
     bench.ledger.nothing_waits(NAME, RECORD, is_empty=True)
+    keys = bench.ledger.replaced_due([NAME])
+
     bench.ledger.bereave("dead")
 
-    at_once = bench.ledger.intend_delete(some, doubt_s=DOUBT_S)
-    bench.clock.advance(DOUBT_S + 1)
-
-    assert at_once is None
-    assert bench.ledger.intend_delete(some, doubt_s=DOUBT_S) is not None
+    assert ([None, None], [None, None]) == ([key.doubt_at for key in keys], [bench.ledger.intend_delete(key) for key in keys])
+    assert None not in [key.doubt_at for key in bench.ledger.replaced_due([NAME])]
 
 
 @pytest.mark.parametrize("answer", [Answer.DOUBT, Answer.REFUSED])
@@ -1460,8 +1457,8 @@ def test_rule_7_a_deletion_that_was_not_confirmed_is_tried_again_later(bench: Be
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S):
-        bench.ledger.deleted(key, bench.ledger.intend_delete(key, doubt_s=DOUBT_S) or 0, answer)
+    for key in bench.ledger.replaced_due([NAME]):
+        bench.ledger.deleted(key, bench.ledger.intend_delete(key) or 0, answer)
 
     at_once = due(bench)
     bench.clock.advance(600)
@@ -1473,8 +1470,8 @@ def test_rule_6_a_deletion_in_doubt_is_a_doubt_of_what_is_put_there_next(bench: 
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S):
-        bench.ledger.deleted(key, bench.ledger.intend_delete(key, doubt_s=DOUBT_S) or 0, Answer.DOUBT)
+    for key in bench.ledger.replaced_due([NAME]):
+        bench.ledger.deleted(key, bench.ledger.intend_delete(key) or 0, Answer.DOUBT)
 
     claim = replace_with(bench, CAT, DOG)
 
@@ -1488,8 +1485,8 @@ def test_rule_6_a_deletion_under_way_when_its_daemon_dies_is_in_doubt(bench: Ben
     bench.clock.advance(2 * DAY_S)
     fence = bench.ledger.claim_record(claim.batch.record_key, "dead", lease_s=LEASE_S)
     assert fence is not None
-    for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S):
-        bench.ledger.intend_delete(key, doubt_s=DOUBT_S)
+    for key in bench.ledger.replaced_due([NAME]):
+        bench.ledger.intend_delete(key)
     bench.ledger.bereave("dead")
 
     claim = replace_with(bench, CAT, DOG)
@@ -1502,9 +1499,9 @@ def test_rule_6_a_deletion_that_is_confirmed_after_a_newer_put_began_leaves_the_
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    key = next(key for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S) if "original" in key.key)
+    key = next(key for key in bench.ledger.replaced_due([NAME]) if "original" in key.key)
     fence = bench.ledger.claim_record(key.record_key, "frozen", lease_s=LEASE_S)
-    intent = bench.ledger.intend_delete(key, doubt_s=DOUBT_S)
+    intent = bench.ledger.intend_delete(key)
     assert intent is not None and fence is not None
     bench.clock.advance(2 * LEASE_S)
     claim = replace_with(bench, CAT, DOG)
@@ -1522,8 +1519,8 @@ def test_deletions_of_the_last_hour_are_counted_by_spool(bench: Bench) -> None:
     done(bench, bench.batch_stored(CAT))
     done(bench, replace_with(bench, DOG, CAT))
     bench.clock.advance(2 * DAY_S)
-    for key in bench.ledger.replaced_due([NAME], doubt_s=DOUBT_S):
-        bench.ledger.deleted(key, bench.ledger.intend_delete(key, doubt_s=DOUBT_S) or 0, Answer.CONFIRMED)
+    for key in bench.ledger.replaced_due([NAME]):
+        bench.ledger.deleted(key, bench.ledger.intend_delete(key) or 0, Answer.CONFIRMED)
 
     now = bench.ledger.deletes_in_last_hour(NAME), bench.ledger.deletes_in_last_hour("elsewhere")
     bench.clock.advance(3601)

@@ -251,7 +251,9 @@ def ignores_doubts(patch: pytest.MonkeyPatch, play: Play) -> None:
 
 def forgets_what_a_dead_daemon_sent(patch: pytest.MonkeyPatch, play: Play) -> None:
     """A daemon that takes a record over does not know that a PUT is under way."""
-    patch.setattr(Ledger, "_take_over", lambda self, change, key: change.execute(delete(claim).where(claim.c.record_key == key)))
+    patch.setattr(
+        Ledger, "_take_over", lambda self, change, key: change.execute(delete(claim).where(claim.c.record_key == key))
+    )
     play.save(RECORD, "cat.jpg")
     play.settle()
     play.work(0, [At("put", 0, ("crash", True))])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, delete, exists, func, insert, select, update
 
 from spoold.ledger.claiming import batch_file_of
 from spoold.ledger.schema import about, batch, batch_file, intent, key_owner, object_, record, replaced
@@ -52,13 +52,17 @@ class Aside:
 
 @dataclass(frozen=True, slots=True)
 class ReplacedKey:
-    """A key that nothing needs any more, and whose it was."""
+    """A key that nothing needs any more, and whose it was.
+
+    doubt_at: when the last of its PUTs ended that were never answered, seconds since the epoch: such a one may bring it back.
+    """
 
     spool: str
     record_key: int
     record: str
     bucket: str
     key: str
+    doubt_at: float | None
 
 
 class Clearing(Walking):
@@ -249,13 +253,11 @@ class Clearing(Walking):
 
     # Replaced keys
 
-    def replaced_due(self, spools: Iterable[str], *, doubt_s: float) -> list[ReplacedKey]:
+    def replaced_due(self, spools: Iterable[str]) -> list[ReplacedKey]:
         """Return the keys that nothing needs any more, longest due first; at most 100.
 
-        A key that a live or a pending manifest holds is never among them (rule 7), nor one that a PUT in doubt may still
-        write: it would bring back what was deleted, and nobody would know. doubt_s: how long such a PUT may land.
+        A key that a live or a pending manifest holds is never among them (rule 7).
         """
-        doubtful = _may_come_back(replaced.c.bucket, replaced.c.key, self._clock.now() - doubt_s)
         pending = exists().where(
             batch_file.c.bucket == replaced.c.bucket, batch_file.c.key == replaced.c.key,
             batch.c.id == batch_file.c.batch_id, batch.c.state.in_((State.PENDING, State.DEAD)),
@@ -265,16 +267,16 @@ class Clearing(Walking):
             batch.c.record_key == replaced.c.record_key, batch.c.state == State.PENDING
         )
         statement = (
-            select(replaced, record.c.spool, record.c.path)
+            select(replaced, record.c.spool, record.c.path, _doubt_at(replaced.c.bucket, replaced.c.key).label("doubt_at"))
             .join(record, record.c.id == replaced.c.record_key)
-            .where(replaced.c.due_at <= self._clock.now(), record.c.spool.in_(list(spools)))
-            .where(~pending, ~live, ~unhashed, ~doubtful)
+            .where(replaced.c.due_at <= self._clock.now(), record.c.spool.in_(list(spools)), ~pending, ~live, ~unhashed)
             .order_by(replaced.c.due_at)
             .limit(100)
         )
         with self.read() as connection:
             return [
-                ReplacedKey(row.spool, row.record_key, row.path, row.bucket, row.key) for row in connection.execute(statement)
+                ReplacedKey(row.spool, row.record_key, row.path, row.bucket, row.key, row.doubt_at)
+                for row in connection.execute(statement)
             ]
 
     def next_replaced_at(self) -> float | None:
@@ -302,8 +304,8 @@ class Clearing(Walking):
                 hint="they go on by themselves within the hour; if so many are expected, raise cleanup.max_deletes_per_hour",
             )  # fmt: skip
 
-    def intend_delete(self, key: ReplacedKey, *, doubt_s: float) -> int | None:
-        """Write down a DELETE before it starts; None if the key is needed again by now, or a PUT of it is in doubt."""
+    def intend_delete(self, key: ReplacedKey) -> int | None:
+        """Write down a DELETE before it starts; None if the key is needed again by now, or another PUT of it is in doubt."""
         with self.write() as change:
             here = and_(replaced.c.bucket == key.bucket, replaced.c.key == key.key)
             needed = select(object_.c.id).where(object_.c.bucket == key.bucket, object_.c.key == key.key)
@@ -313,8 +315,9 @@ class Clearing(Walking):
                 .join(batch, batch.c.id == batch_file.c.batch_id)
                 .where(batch.c.state == State.DEAD, batch_file.c.bucket == key.bucket, batch_file.c.key == key.key)
             )
-            doubtful = _may_come_back(replaced.c.bucket, replaced.c.key, change.now - doubt_s)
-            if change.execute(select(replaced).where(here, ~doubtful)).first() is None:
+            if change.execute(select(replaced).where(here)).first() is None:
+                return None
+            if change.execute(select(_doubt_at(key.bucket, key.key))).scalar() != key.doubt_at:
                 return None
             if any(change.execute(why.limit(1)).first() is not None for why in (needed, pending, buried)):
                 return None
@@ -342,14 +345,16 @@ class Clearing(Walking):
                 change.execute(update(replaced).where(here).values(due_at=change.now + _REMOVE_AGAIN_S))
                 return
             change.execute(delete(replaced).where(here))
-            # The doubts of its PUTs are over (see `replaced_due`): nothing brings it back, and others may have it.
+            # Its PUTs in doubt had their time before the DELETE began: nothing brings it back, and others may have it.
             change.execute(delete(key_owner).where(key_owner.c.bucket == key.bucket, key_owner.c.key == key.key))
-            change.execute(
-                delete(intent).where(intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.kind == "put")
-            )
+            change.execute(delete(intent).where(intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.kind == "put"))
             change.tell("object.deleted", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key)
 
 
-def _may_come_back(bucket: ColumnElement[str], key: ColumnElement[str], since: float) -> ColumnElement[bool]:
-    """Say of a key that a PUT of it which got no answer after `since` may still write it."""
-    return exists().where(intent.c.bucket == bucket, intent.c.key == key, intent.c.kind == "put", intent.c.doubt_at > since)
+def _doubt_at(bucket: ColumnElement[str] | str, key: ColumnElement[str] | str) -> ScalarSelect[float | None]:
+    """Select when the last unanswered PUT of a key ended."""
+    return (
+        select(func.max(intent.c.doubt_at))
+        .where(intent.c.bucket == bucket, intent.c.key == key, intent.c.kind == "put")
+        .scalar_subquery()
+    )
