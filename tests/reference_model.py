@@ -1,11 +1,12 @@
-"""A reference model: what the app wrote, what a bucket is and what may still land in it, told so simply that it is plainly right.
+"""A reference model: what the app wrote, what the bucket holds, what may still land there; so simple that it is plainly right.
 
-Beside it runs the real thing (`Play`): spoold's own parts on a real directory and a real ledger, one step at a time. Before each
-system call, ledger change and request of theirs something else may happen (`At`): the app writes, another daemon walks, a call
-fails, the process dies. After everything that could lose something the model is asked whether it did.
+Beside it runs the real thing (`Play`): spoold's own parts on a real directory and a real ledger, one step at a time. Before
+each of their system calls, ledger changes and requests something else may happen (`At`): the app writes, another daemon
+walks, a call fails, the process dies. After whatever could lose something the model is asked whether it did.
 
-What is promised only within bounds is bounded here as the contract bounds it: an unanswered request lands within `upload.doubt`
-or never (rule 6), and no daemon sleeps longer than a quarter of a lease between asking for its claim and the effect.
+What is promised only within bounds is bounded here as the contract bounds it: an unanswered request lands within
+`upload.doubt` or never (rule 6), and no daemon sleeps longer than a quarter of a lease between asking for its claim and the
+effect.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ _PROBE = ".spoold-probe"
 class Path_:
     """One path in the spool, as the app knows it.
 
-    versions: every content that it finished writing, oldest first. newest: the one that must be safe; None where nothing is
-    promised, since the app removed the file before it was uploaded or has never finished one. at: which write that was, of all.
-    is_fresh: no version before had these bytes. is_open: it is just being written. is_replaced: the app put another attachment in
-    the place of this one, so its key must go. is_deleted: spoold has decided that its key must go.
+    versions: every content that it finished writing, oldest first.
+    newest: the one that must be safe; None where nothing is promised, as the app removed it before it was uploaded.
+    at: which write that was, of all. is_fresh: no version before had these bytes. is_open: it is just being written.
+    is_replaced: the app put another attachment in the place of this one, so its key must go.
+    is_deleted: spoold has decided that its key must go.
     """
 
     path: str
@@ -129,9 +131,11 @@ class Written:
     def replacing(self, it: Path_) -> list[Path_]:
         """Return the newer originals of the same record, which may take this path's place (rule 7)."""
         return [
-            other for other in self.paths.values()
-            if other is not it and other.record == it.record and other.is_original and other.newest is not None and other.at > it.at
-        ]  # fmt: skip
+            other
+            for other in self.paths.values()
+            if other is not it and other.record == it.record and other.is_original
+            if other.newest is not None and other.at > it.at
+        ]
 
     def may_end_with(self, it: Path_) -> set[bytes | None]:
         """Return what the bucket may hold at this path's key when all is done."""
@@ -218,7 +222,8 @@ class Bucket:
         return _stored(key, body)
 
     def put_parts(
-        self, bucket: str, key: str, parts: Iterable[bytes], headers: Headers, digests: Digests, *, on_upload: Callable[[str], None]
+        self, bucket: str, key: str, parts: Iterable[bytes], headers: Headers, digests: Digests, *,
+        on_upload: Callable[[str], None],
     ) -> StoredObject:  # fmt: skip
         what = f"put {key}"
         try:
@@ -313,8 +318,8 @@ Doing = tuple[Any, ...]
 class At:
     """Something that happens within daemons' steps, just before the `nth` call (from 0, from now on) at this point.
 
-    point: "ledger" a change of the ledger · "demand" the question whether the claim lasts · a verb of the bucket, or "answer" when
-    a request was carried out · a system call.
+    point: "ledger" a change of the ledger · "demand" the question whether the claim lasts · a verb of the bucket, or
+    "answer" when a request was carried out · a system call.
     """
 
     point: str
@@ -470,8 +475,8 @@ class Daemon:
             bandwidth=Bandwidth(None, clock=clock), clock=clock, stop=self.stop, demand_claim=self._demand,
         )  # fmt: skip
         parts = Parts(
-            spool=self.spool, uploader=uploader, cleaner=self._cleaner, replaced_after_s=settings.replaced_after_s, decodes=False,
-            touch=lambda record: None,
+            spool=self.spool, uploader=uploader, cleaner=self._cleaner, replaced_after_s=settings.replaced_after_s,
+            decodes=False, touch=lambda record: None,
         )  # fmt: skip
         self._pipeline = Pipeline(
             ledger=self.ledger, parts={NAME: parts}, holds=self._holds, retry=Retry(1.0, 300.0, 0), clock=clock
@@ -618,6 +623,7 @@ class Play:
         self.daemons: list[Daemon] = []
         self._running: list[Daemon] = []
         self._armed: list[_Armed] = []
+        self.calls: Counter[str] = Counter()  # at each point
         self._is_interrupting = 0
         self._has_jumped = False
         self._current: dict[str, str] = {}  # record → the name of its attachment now
@@ -661,6 +667,11 @@ class Play:
 
     # Interruptions
 
+    def arm(self, *interruptions: At) -> None:
+        """Have these happen, each at its moment, whosever step that is in."""
+        self.counts["armed"] += len(interruptions)
+        self._armed += [_Armed(at, at.nth) for at in interruptions]
+
     def before(self, point: str) -> None:
         """One of spoold's parts is about to do this."""
         daemon = self._running[-1] if self._running else None
@@ -670,6 +681,7 @@ class Play:
             raise Crash  # it has died, and what unwinds does nothing any more
         if self._is_interrupting:
             return
+        self.calls[point] += 1
         for armed in [armed for armed in self._armed if armed.at.point == point]:
             if armed.left:
                 armed.left -= 1
@@ -713,8 +725,7 @@ class Play:
         is_outermost = not self._is_interrupting
         if is_outermost:
             self._has_jumped = False
-            self.counts["armed"] += len(interruptions)
-            self._armed += [_Armed(at, at.nth) for at in interruptions]
+            self.arm(*interruptions)
         self._running.append(daemon)
         try:
             yield
@@ -863,7 +874,7 @@ class Play:
         self._done_by_app()
 
     def rewrite_links(self) -> None:
-        """Write into the files that the app owns, by their own names: where they still are in the spool, that is a new version."""
+        """Write into the files that the app owns, by their own names: a new version where they are still in the spool."""
         for owned in (self.directory / OWNED).iterdir():
             inode, content = owned.stat().st_ino, owned.read_bytes()
             for it in self.written.promised():

@@ -1439,7 +1439,7 @@ def test_rule_7_a_put_that_turns_out_to_be_in_doubt_holds_a_deletion_back(bench:
     bench.clock.advance(2 * DAY_S)
     for path in DOG:
         (bench.root / RECORD / path).unlink()
-    offered(bench, {path: b"another cat" for path in CAT})
+    offered(bench, dict.fromkeys(CAT, b"another cat"))
     bench.intended(bench.claimed("dead"))
     for path in CAT:
         (bench.root / RECORD / path).unlink()

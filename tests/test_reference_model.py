@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from sqlalchemy import delete
@@ -158,6 +158,7 @@ class World(RuleBasedStateMachine):
         self.do(("outage", fate))
 
     def do(self, doing: Doing) -> None:
+        TOTAL["steps"] += 1
         self.play.do(doing)
 
     def teardown(self) -> None:
@@ -172,6 +173,8 @@ class World(RuleBasedStateMachine):
 
 
 def explore(examples: int, steps: int, **more: Any) -> None:
+    """Play so many plays of so many steps at most, and keep the figures."""
+    TOTAL.clear()
     run_state_machine_as_test(
         World,
         settings=settings(
