@@ -331,6 +331,9 @@ CALLS = ("open", "stat", "fstat", "fsync", "read", "listdir", "scandir", "unlink
 POINTS = (
     "ledger", "demand", "put", "begin", "part", "complete", "delete", "head", "get", "answer", "rename", "lease", *CALLS
 )  # fmt: skip
+FAILING = {*CALLS, "rename"} - {"fstat"}
+"""What an OS may refuse; fstat of what is open it does not."""
+
 _DANGEROUS = {"unlink", "rename", "rmdir"}
 
 
@@ -710,7 +713,7 @@ class Play:
         self.counts["faults"] += 1
         if point == "ledger":
             raise LedgerUnavailable("use ledger: disk I/O error")
-        if point in CALLS or point == "rename":
+        if point in FAILING:
             raise OSError(code, os.strerror(code), point)
 
     def _after(self, call: str) -> None:
