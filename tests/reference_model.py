@@ -440,7 +440,6 @@ class Daemon:
         self._play = play
         clock, settings = play.clock, play.settings
         self.is_dead = False
-        self.is_frozen = False
         self.stop = threading.Event()
         self.ledger = WatchedLedger(f"sqlite:///{play.directory}/ledger.db", clock=clock, before=play.before)
         self.owner = Owner(play.directory / OWNERS, clock=clock)
@@ -734,10 +733,11 @@ class Play:
             yield
         except Crash:
             self.counts["crashes"] += 1
-            daemon.die()
-            self.daemons.remove(daemon)
+            self._bury(daemon)
         finally:
             self._running.pop()
+        if daemon.stop.is_set() and daemon in self.daemons and daemon not in self._running:
+            self._bury(daemon)
         self.demand_laws()
 
     # The app
@@ -1010,8 +1010,7 @@ class Play:
         if (daemon := self._daemon(number)) is not None:
             daemon.stop.set()
             if daemon not in self._running:
-                daemon.die()
-                self.daemons.remove(daemon)
+                self._bury(daemon)
 
     def kill(self, number: int = 0, on_another_host: bool = False) -> None:
         """SIGKILL while it is idle. on_another_host: nobody can see that it is dead, its claims must run out."""
@@ -1020,8 +1019,11 @@ class Play:
             self.counts["crashes"] += 1
             if on_another_host:
                 daemon.owner._path.unlink()
-            daemon.die()
-            self.daemons.remove(daemon)
+            self._bury(daemon)
+
+    def _bury(self, daemon: Daemon) -> None:
+        daemon.die()
+        self.daemons.remove(daemon)
 
     def _daemon(self, number: int) -> Daemon | None:
         return self.daemons[number % len(self.daemons)] if self.daemons else None
@@ -1032,9 +1034,6 @@ class Play:
             return
         with self._step_of(daemon, interruptions):
             do(daemon)
-        if daemon.stop.is_set() and daemon in self.daemons and daemon not in self._running:
-            daemon.die()
-            self.daemons.remove(daemon)
 
     # The world
 
@@ -1198,7 +1197,7 @@ class Play:
         self._armed.clear()
         for record in list(self._handles):
             self.end_copy(record)
-        for _ in range(100):
+        for turn in range(100):
             self._complete()
             if not self.daemons:
                 self.start()
@@ -1212,7 +1211,8 @@ class Play:
                     daemon.tend()
             if not (waits := self._moments()):
                 break
-            self.advance(min((due_in_s for _, due_in_s in waits if due_in_s > 0.01), default=2.0) + 0.01)
+            # What is overdue waits for something that the ledger does not tell: a doubt's end, a probe of what is held.
+            self.advance(min((due_in_s for _, due_in_s in waits if due_in_s > 0.01), default=2.0 + turn) + 0.01)
         else:
             raise AssertionError(f"it does not come to rest: {self._moments()}; {self.query('SELECT * FROM batch')}")
         self._demand_all_is_done()
