@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,91 @@ def test_nothing_is_lost_stale_or_half_in_thousands_of_plays() -> None:
     explore(MANY, 60)
 
 
+# Small and exhaustive: one thing, at every moment of one record's way
+
+
+def from_save_to_done(play: Play) -> None:
+    """A record is uploaded and let go."""
+    upload(play)
+    for seconds in (6, 11, 31):
+        play.advance(seconds)
+        play.settle()
+        play.work()
+
+
+def from_one_to_another(play: Play) -> None:
+    """A record whose first PUT is late is replaced by another one, and its keys go."""
+    play.fates(Fate.LATE)
+    upload(play)
+    play.save(RECORD, "note.txt")
+    for seconds in (1, 6, 70, DOUBT_S):
+        play.advance(seconds)
+        play.settle()
+        play.work()
+        play.tend()
+
+
+def from_doubt_to_death(play: Play) -> None:
+    """A record whose PUT got no answer is rewritten while it is let go, and its daemon dies."""
+    play.fates(Fate.LOST, Fate.FAILS)
+    upload(play)
+    play.rewrite(RECORD, "original", keeps_mtime=True)
+    for seconds in (6, 11, 20):
+        play.advance(seconds)
+        play.settle()
+        play.work()
+    play.kill()
+    play.start()
+    play.work()
+
+
+WAYS = (from_save_to_done, from_one_to_another, from_doubt_to_death)
+EFFECTS = ("ledger", "put", "delete", "answer", "rename", "unlink", "rmdir")
+DOINGS: tuple[Doing, ...] = (
+    ("crash",), ("crash", True), ("rewrite", RECORD, "original", True), ("rewrite", RECORD, "thumb", False, False),
+    ("append", RECORD, "thumb"), ("touch", RECORD, "original"), ("save", RECORD, "cat.jpg"), ("save", RECORD, "note.txt"),
+    ("save_again", RECORD), ("save_beside", RECORD, "note.txt"), ("late_style", RECORD), ("link", RECORD, "cat.jpg"),
+    ("begin_copy", RECORD, "cat.jpg", "original"), ("remove", RECORD), ("settle", 1), ("start",), ("drain",),
+    ("freeze", 35.0), ("jump", 4000.0), ("fail", errno.EIO), ("fail", errno.ENOSPC), ("fail", errno.EACCES),
+    ("fates", Fate.LATE), ("fates", Fate.UNPROVEN, Fate.NEVER), ("fates", Fate.DENIED),
+)  # fmt: skip
+
+
+def moments_of(way: Callable[[Play], None], points: Iterable[str]) -> list[tuple[str, int]]:
+    """Return every call at these points that a play makes which goes this way, to its end."""
+    with Play() as play:
+        play.calls.clear()
+        way(play)
+        play.end()
+        return [(point, nth) for point in points for nth in range(play.calls[point])]
+
+
+def go(way: Callable[[Play], None], interruption: At) -> None:
+    with Play() as play:
+        play.arm(interruption)
+        way(play)
+        play.end()
+
+
+@pytest.mark.timeout(600)
+def test_a_daemon_may_die_before_each_of_its_effects() -> None:
+    moments = moments_of(from_save_to_done, EFFECTS)
+
+    for point, nth in moments:
+        go(from_save_to_done, At(point, nth, ("crash", True)))
+
+    assert {"ledger", "put", "answer", "rename", "unlink", "rmdir"} == {point for point, _ in moments}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("doing", DOINGS, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_anything_may_happen_at_any_moment(way: Callable[[Play], None], doing: Doing) -> None:
+    for point, nth in moments_of(way, POINTS):
+        go(way, At(point, nth, doing))
+
+
 # What it found: counterexamples, shrunk
 
 
@@ -221,6 +307,21 @@ def test_a_replaced_key_is_not_brought_back_by_an_older_put_that_lands_after_its
     play.work()
     play.advance(70)
     play.tend()
+
+    play.end()
+
+
+def test_a_clock_set_forward_does_not_end_a_doubt(play: Play) -> None:
+    """The newer version was let go while the older one could still land: by the wall clock its time was over."""
+    play.fates(Fate.LATE)
+    upload(play)
+    play.rewrite(RECORD, "original")
+    play.settle()
+    play.work()
+    play.jump(4000)
+    for seconds in (6, 11):
+        play.advance(seconds)
+        play.work()
 
     play.end()
 
