@@ -1131,11 +1131,11 @@ class Play:
     def _demand_may_delete(self, key: str) -> None:
         """Rule 7: a key goes only when a newer original of the record is proven, and its own newest is not needed."""
         it = self.written[key]
-        if it.newest is None or it.newest in self._contents_on_disk():
-            return
+        is_on_disk = it.newest in self._contents_on_disk()
         newer = [other for other in self.written.replacing(it) if self.bucket.objects.get(other.path) in other.versions]
-        assert newer, f"deletes {key}, which nothing has replaced"
-        it.newest, it.is_deleted = None, True
+        assert newer or it.newest is None or is_on_disk, f"deletes {key}, which nothing has replaced"
+        if newer or it.newest is None:
+            it.newest, it.is_deleted = None, not is_on_disk  # from now on it need not be there
 
     def demand_claim_is_sure(self, owner: str) -> None:
         """Who was told that his claims last has one, and it lasts a blink."""
