@@ -12,7 +12,9 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -43,6 +45,7 @@ _CHUNK_BYTES = 1 << 20
 _PROOF_LASTS_S = 3600.0
 _OPEN_AGAIN_S = 15.0
 _LOOK_AGAIN_S = 1.0
+_REMEMBERED_DOUBTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +94,23 @@ class _Doubts:
     def __init__(self, doubt_s: float, clock: Clock) -> None:
         self._doubt_s = doubt_s
         self._clock = clock
-        self._known_since: dict[tuple[str, float], float] = {}  # key and when its doubt began → monotonic seconds
+        self._known_since: OrderedDict[tuple[str, float], float] = OrderedDict()  # a doubt → monotonic seconds
+        self._lock = threading.Lock()
 
     def left_s(self, doubt: tuple[str, float]) -> float:
         """Return for how many seconds more a key may change. doubt: the key and when the ledger says that it began."""
         moment = self._clock.monotonic()
-        over = [known for known, since in self._known_since.items() if moment > since + 2 * self._doubt_s and known != doubt]
-        for known in over:
-            del self._known_since[known]
-        return self._known_since.setdefault(doubt, moment) + self._doubt_s - moment
+        with self._lock:
+            since = self._known_since.setdefault(doubt, moment)
+            if len(self._known_since) > _REMEMBERED_DOUBTS:
+                self._known_since.popitem(last=False)  # it is merely waited for once more
+        return since + self._doubt_s - moment
+
+    def forget(self, doubts: Iterable[tuple[str, float]]) -> None:
+        """These are settled."""
+        with self._lock:
+            for doubt in doubts:
+                self._known_since.pop(doubt, None)
 
 
 class Cleaner:
@@ -164,6 +175,7 @@ class Cleaner:
         self._demand_proofs(claim, set(doubts))
         if doubts:
             self._ledger.settle_doubts(claim, doubts, before=max(doubts.values()))
+            self._doubts.forget(doubts.items())
         return None
 
     def _demand_proofs(self, claim: Claim, doubtful: set[str]) -> None:
@@ -514,6 +526,8 @@ class Remover:
                             detail=str(why), hint=why.hint)  # fmt: skip
                 return False
             self._ledger.deleted(key, intent, Answer.CONFIRMED)
+            if key.doubt_at is not None:
+                self._doubts.forget([(key.key, key.doubt_at)])
             return True
         finally:
             self._ledger.release_record(key.record_key, self._owner, fence)

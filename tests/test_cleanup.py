@@ -960,6 +960,26 @@ def test_rule_6_a_wall_clock_that_jumps_neither_ends_a_doubt_nor_prolongs_it(
     assert after is not None and "doubt" != after.waiting_for
 
 
+def test_rule_6_doubts_that_are_over_stay_so_while_the_store_does_not_answer(tmp_path: Path) -> None:
+    """Of two keys, one began to wait anew whenever the other was looked at."""
+    with Bench(tmp_path) as bench:
+        for content in (b"an older cat", b"a cat"):
+            claim = bench.batch_stored({path: content + path.encode() for path in CAT})
+            bench.ledger.come_back(claim, bench.clock.now(), "doubt")
+            with bench.ledger.write() as change:
+                change.connection.exec_driver_sql("UPDATE intent SET doubt_at = 1 WHERE batch_id = 1")
+        claim = bench.claimed()
+        cleaner = bench.cleaner(doubt_s=900.0)
+        first = cleaner.clear(claim)
+
+        for _ in range(5):
+            bench.clock.advance(1000)
+            with pytest.raises(StoreUnavailable):
+                cleaner.clear(claim)
+
+    assert first is not None and "doubt" == first.waiting_for
+
+
 def test_a_newer_version_that_is_live_is_not_let_go_by_an_older_claim(bench: Bench) -> None:
     claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
     with bench.ledger.write() as change:
