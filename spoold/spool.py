@@ -410,13 +410,16 @@ class Spool:
             mark = self._own_file(house, _OWNER, os.O_RDONLY)
         except FileNotFoundError:
             draft = f"{_OWNER}.{uuid.uuid4()}"  # threads of one daemon may be here at once
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o600, dir_fd=house), "w") as file:
-                file.write(ledger_id + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, _OWNER, src_dir_fd=house, dst_dir_fd=house, follow_symlinks=False)
-            os.unlink(draft, dir_fd=house)
+            try:
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o600, dir_fd=house), "w") as file:
+                    file.write(ledger_id + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, _OWNER, src_dir_fd=house, dst_dir_fd=house, follow_symlinks=False)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(draft, dir_fd=house)
             mark = self._own_file(house, _OWNER, os.O_RDONLY)
         with open(mark, "rb") as file:
             return file.read(_LONGEST_MARK).decode("utf-8", "backslashreplace").strip()

@@ -76,16 +76,6 @@ def held(bench: Bench) -> Held:
     return Held(bench)
 
 
-def without_ledger(bench: Bench, work: Callable[[], None]) -> None:
-    """Do something while the ledger's file is not where it was."""
-    away = bench.ledger_file.with_suffix(".away")
-    os.rename(bench.ledger_file, away)
-    try:
-        work()
-    finally:
-        os.rename(away, bench.ledger_file)
-
-
 # Holding
 
 
@@ -354,7 +344,8 @@ def test_a_ledger_that_is_away_at_the_release_is_tried_again(bench: Bench, held:
     held.holds.is_down(NAME, DENIED)
     held.store.wrong = None
 
-    without_ledger(bench, lambda: held.tend(5))
+    with bench.ledger_away():
+        held.tend(5)
     still_held = held.is_held
     held.tend(5)
 
@@ -366,11 +357,8 @@ def test_a_ledger_that_is_away_when_a_spool_is_to_be_held_hides_nothing(bench: B
     """The walk ends with the ledger's fault; the hold is in memory, and the next probe writes it down."""
     held.store.wrong = DENIED
 
-    def ask() -> None:
-        with pytest.raises(LedgerUnavailable):
-            held.holds.is_down(NAME, DENIED)
-
-    without_ledger(bench, ask)
+    with bench.ledger_away(), pytest.raises(LedgerUnavailable):
+        held.holds.is_down(NAME, DENIED)
     in_memory = held.holds.held()
     held.tend(2)
 

@@ -64,13 +64,15 @@ def test_what_is_in_the_bucket_is_not_put_again_and_goes_when_nothing_can_change
     assert Outcome.WAITING is walk(bench, keep_for_s=3600)
     assert 2 == puts(proxy)
     bench.lose_ledger()
+    bench.offer()
+    pipeline = bench.pipeline(cleaner=bench.cleaner())
 
-    outcome = walk(bench)
+    outcome = pipeline.walk(bench.claimed())
     state = bench.state(), sorted(bench.files())
     bench.clock.advance(DOUBT_S + 1)
-    bench.pipeline(cleaner=bench.cleaner()).walk(bench.claimed())
+    pipeline.walk(bench.claimed())
     bench.clock.advance(1)
-    bench.pipeline(cleaner=bench.cleaner()).walk(bench.claimed())
+    pipeline.walk(bench.claimed())
 
     assert (Outcome.WAITING, ("uploaded", sorted(CAT))) == (outcome, state)
     assert (2, "done", []) == (puts(proxy), bench.state(), bench.files())
