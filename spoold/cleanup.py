@@ -147,7 +147,7 @@ class Cleaner:
             for file in left:
                 if file.aside_name is not None:
                     self._give_back_ours(claim, file, "local files stay (cleanup.delete: false)")
-            return None
+            return self._may_go(claim) if batch.state is State.STORED else None  # a doubt is to be settled all the same
         try:
             if batch.state is State.STORED and (due := self._may_go(claim)):
                 return due
@@ -163,14 +163,16 @@ class Cleaner:
         return min(waits, key=lambda due: due.in_s) if waits else None
 
     def _may_go(self, claim: Claim) -> Due | None:
-        """See that what was stored is still there, and is there to stay."""
+        """See that what was stored is still there, and is there to stay; where local files stay, only if there is a doubt."""
         now = self._clock.now()
         doubts = self._ledger.doubts(claim)
         left_s = max(map(self._doubts.left_s, doubts.items()), default=0.0)
         if left_s > 0:
             return Due(left_s, "doubt")
+        if not doubts and not self._rules.deletes:
+            return None
         stored_at = self._ledger.stored_moment(claim) or now
-        if now < stored_at + self._rules.keep_for_s:
+        if self._rules.deletes and now < stored_at + self._rules.keep_for_s:
             return Due(stored_at + self._rules.keep_for_s - now, "keep_for")
         self._demand_proofs(claim, set(doubts))
         if doubts:

@@ -133,15 +133,14 @@ class Written:
         return [
             other
             for other in self.paths.values()
-            if other is not it and other.record == it.record and other.is_original
-            if other.newest is not None and other.at > it.at
+            if other is not it and other.record == it.record and other.is_original and other.at > it.at
         ]
 
     def may_end_with(self, it: Path_) -> set[bytes | None]:
         """Return what the bucket may hold at this path's key when all is done."""
         if it.newest is None:
             return {None} if it.is_deleted else {None, *it.versions}
-        newer = self.replacing(it)
+        newer = [other for other in self.replacing(it) if other.newest is not None]
         if it.is_replaced and any(other.is_fresh for other in newer):
             return {None}
         return {it.newest, None} if newer else {it.newest}

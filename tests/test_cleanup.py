@@ -939,6 +939,38 @@ def test_rule_6_what_an_older_put_overwrote_after_all_is_put_again(real: Bench, 
     assert [ORIGINAL] == real.files()
 
 
+def test_rule_6_a_doubt_is_settled_also_where_local_files_stay(real: Bench, rclone_server: RcloneServer) -> None:
+    """The batch was done at once, and the bucket ended with the older content."""
+    in_doubt(real)
+    claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
+    cleaner = real.cleaner(deletes=False, doubt_s=900.0)
+    due = cleaner.clear(claim)
+    rclone_server.client().put_object(Bucket=BUCKET, Key=ORIGINAL, Body=b"an older cat")  # it lands
+    real.clock.advance(900)
+
+    with pytest.raises(Missing) as caught:
+        cleaner.clear(claim)
+
+    assert Due(900.0, "doubt") == due
+    assert ([ORIGINAL], [ORIGINAL]) == (caught.value.keys, real.files())
+
+
+def test_rule_6_local_files_that_stay_are_asked_about_no_more_once_a_doubt_is_settled(
+    real: Bench, rclone_server: RcloneServer
+) -> None:
+    in_doubt(real)
+    claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
+    cleaner = real.cleaner(deletes=False, doubt_s=900.0, keep_for_s=10_000.0)
+    cleaner.clear(claim)
+    real.clock.advance(900)
+
+    settled = cleaner.clear(claim)
+    rclone_server.stop()
+
+    assert [None, None] == [settled, cleaner.clear(claim)]
+    assert ({}, [ORIGINAL]) == (real.ledger.doubts(claim), real.files())
+
+
 @pytest.mark.parametrize("jump_s", [4000.0, -4000.0])
 def test_rule_6_a_wall_clock_that_jumps_neither_ends_a_doubt_nor_prolongs_it(
     real: Bench, rclone_server: RcloneServer, jump_s: float

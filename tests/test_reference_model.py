@@ -326,6 +326,18 @@ def test_a_clock_set_forward_does_not_end_a_doubt(play: Play) -> None:
     play.end()
 
 
+def test_an_older_put_that_lands_late_is_put_right_also_where_local_files_stay() -> None:
+    """With `delete: false` a batch was done at once: nobody looked at its doubts, and the older content was the last."""
+    with Play(Settings(deletes=False)) as play:
+        play.fates(Fate.LATE)
+        upload(play)
+        play.rewrite(RECORD, "original")
+        play.settle()
+        play.work()
+
+        play.end()
+
+
 # That it would find something: faults planted into spoold
 
 
