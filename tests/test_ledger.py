@@ -35,6 +35,7 @@ from spoold.errors import (
 )
 from spoold.ledger import STATES, Ledger, schema
 from spoold.model import Answer, Claim, Identity, Put, PutResult, Snapshot, State
+from tests.nth import Fail, Hand, Moment, ledger_says
 from tests.parts import (
     BUCKET,
     LEASE_S,
@@ -2040,3 +2041,48 @@ def test_a_snapshot_of_another_spool_is_another_record(bench: Bench) -> None:
     bench.ledger.offer("elsewhere", snapshot, snapshot.files, decided_by="quiet", is_all=True)
 
     assert ["elsewhere", NAME] == sorted(row["spool"] for row in bench.ledger.record_status(RECORD))
+
+
+# Commits of which nobody knows whether they were carried out
+
+
+def commit_fails(bench: Bench, moment: Moment) -> Hand:
+    """Return a hand at which the next commit that changes something fails, before it is carried out or although it was."""
+    bench.ledger.close()  # connections that are made from now on are in the hand
+    is_change = lambda op: op.name == "COMMIT" and op.is_effect  # noqa: E731
+    return Hand(Fail("ledger", 1, ledger_says("disk I/O error"), moment=moment, only=is_change))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_claim_that_was_taken_unknown_to_its_owner_is_freed(bench: Bench, moment: Moment) -> None:
+    """It was renewed for as long as the daemon lived, and nobody walked its batch."""
+    bench.write(f"{RECORD}/original/cat.jpg")
+    bench.offer()
+
+    with commit_fails(bench, moment), pytest.raises(LedgerUnavailable):
+        bench.claim()
+    bench.ledger.renew("me", lease_s=LEASE_S)
+
+    again = bench.claimed()
+    bench.ledger.renew("me", lease_s=LEASE_S)
+    assert ["me"] == bench.ledger.owners()
+    assert [{"crashes": 1}] == bench.rows("SELECT crashes FROM batch")
+    bench.ledger.put_back(again)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_claim_of_a_record_that_was_taken_or_given_back_unknown_to_its_owner_is_freed(bench: Bench, moment: Moment) -> None:
+    bench.write(f"{RECORD}/original/cat.jpg")
+    bench.offer()
+    [key] = [row["id"] for row in bench.rows("SELECT id FROM record")]
+
+    with commit_fails(bench, moment), pytest.raises(LedgerUnavailable):
+        bench.ledger.claim_record(key, "me", lease_s=LEASE_S)
+    bench.ledger.renew("me", lease_s=LEASE_S)
+    fence = bench.ledger.claim_record(key, "me", lease_s=LEASE_S)
+    assert fence is not None
+    with commit_fails(bench, moment), pytest.raises(LedgerUnavailable):
+        bench.ledger.release_record(key, "me", fence)
+    bench.ledger.renew("me", lease_s=LEASE_S)
+
+    assert [] == bench.ledger.owners()

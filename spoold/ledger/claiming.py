@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sqlalchemy import Row, and_, delete, exists, insert, or_, select, update
 
-from spoold.errors import ClaimLost, Crashed, SpooldError
+from spoold.clock import Clock
+from spoold.errors import ClaimLost, Crashed, LedgerUnavailable, SpooldError
 from spoold.ledger.database import Transaction
 from spoold.ledger.schema import batch, batch_file, claim, held, intent, record
 from spoold.ledger.watching import Watching, identity_of
@@ -18,6 +20,10 @@ _PUT_BACK_S = 60.0  # in the order of the queue; nothing waits longer for it
 
 class Claiming(Watching):
     """Taking a claim, keeping it, proving it, and what every end of a walk has in common."""
+
+    def __init__(self, url: str, *, clock: Clock, create: bool = True) -> None:
+        super().__init__(url, clock=clock, create=create)
+        self._unsure: set[tuple[int, int]] = set()  # record and fence of claims that are ours in the ledger alone, perhaps
 
     # Claims
 
@@ -35,11 +41,12 @@ class Claiming(Watching):
         with self.read() as connection:  # idle workers ask often: they must not queue up to write
             if connection.execute(_due(self._clock.now(), owner, names, lease_s, crashes, uploads_first)).first() is None:
                 return None
-        with self.write() as change:
+        with self._unless_unsure() as taken, self.write() as change:
             while True:
                 row = change.execute(_due(change.now, owner, names, lease_s, crashes, uploads_first)).first()
                 if row is None:
                     return None
+                self._taking(taken, row.record_key, row.fence + 1)
                 self._take_over(change, row.record_key)
                 if row.state == State.PENDING and row.crashes >= crashes:
                     fault = Crashed(
@@ -81,9 +88,36 @@ class Claiming(Watching):
         return Claim(claimed, owner, fence, until)
 
     def renew(self, owner: str, *, lease_s: float) -> None:
-        """Prolong every claim of this owner that nobody has taken over."""
-        with self.write() as change:
+        """Prolong every claim of this owner that nobody has taken over, and free those of which it may not know."""
+        with self._unless_unsure() as unsure, self.write() as change:
+            unsure.extend(self._unsure)
+            self._unsure.clear()
+            for key, fence in unsure:
+                mine = and_(claim.c.record_key == key, claim.c.owner == owner, claim.c.fence == fence)
+                row = change.execute(select(claim).where(mine)).first()
+                if row is not None:
+                    self._take_over(change, key)
+                    counted = and_(batch.c.id == row.batch_id, batch.c.crashes > 0)
+                    change.execute(update(batch).where(counted).values(crashes=batch.c.crashes - 1))
             change.execute(update(claim).where(claim.c.owner == owner).values(until=change.now + lease_s))
+
+    def _taking(self, taken: list[tuple[int, int]], record_key: int, fence: int) -> None:
+        """A claim is about to be ours; one of the same number was not taken after all."""
+        taken.append((record_key, fence))
+        self._unsure.discard((record_key, fence))
+
+    @contextlib.contextmanager
+    def _unless_unsure(self, *taken: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
+        """Remember claims that a change took or gave back, by record and fence, if nobody knows whether it was carried out.
+
+        A commit that failed may have been. Such a claim would be renewed for ever, and nobody would walk its record.
+        """
+        unsure = list(taken)
+        try:
+            yield unsure
+        except LedgerUnavailable:
+            self._unsure.update(unsure)
+            raise
 
     def owners(self) -> list[str]:
         """Return whoever holds a claim."""
@@ -102,12 +136,13 @@ class Claiming(Watching):
 
         Returns the claim's fence, for `release_record`.
         """
-        with self.write() as change:
+        with self._unless_unsure() as taken, self.write() as change:
             held_by = change.execute(select(claim).where(claim.c.record_key == record_key)).first()
             if held_by is not None and change.now < held_by.until <= change.now + 2 * lease_s:
                 return None
             self._take_over(change, record_key)
             fence = change.execute(select(record.c.fence).where(record.c.id == record_key)).scalar_one() + 1
+            self._taking(taken, record_key, fence)
             change.execute(update(record).where(record.c.id == record_key).values(fence=fence))
             row = {
                 "record_key": record_key,
@@ -121,7 +156,7 @@ class Claiming(Watching):
 
     def release_record(self, record_key: int, owner: str, fence: int) -> None:
         """Give back what `claim_record` gave."""
-        with self.write() as change:
+        with self._unless_unsure((record_key, fence)), self.write() as change:
             change.execute(
                 delete(claim).where(claim.c.record_key == record_key, claim.c.owner == owner, claim.c.fence == fence)
             )
