@@ -93,23 +93,27 @@ class Owner:
             return False
         try:
             fd = os.open(self._directory / name, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:
             return False  # it keeps its lock elsewhere, with another state_dir: its claims must run out
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:
             return False
         finally:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
         return True
 
     def forget(self, name: str) -> None:
         """Remove the lock file of a daemon that is dead."""
-        (self._directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._directory / name).unlink()
 
     def close(self) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # what is left of it is an unlocked file
+            self._path.unlink()
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
 
 def living(directory: Path) -> list[str] | None:

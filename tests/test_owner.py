@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from spoold.clock import SystemClock
 from spoold.errors import ClaimLost
 from spoold.owner import LEASE_S, Owner, living
+from tests.nth import Fail, Hand, refuses
 from tests.parts import ManualClock
 
 OTHER = """
@@ -114,3 +116,28 @@ def test_a_daemon_says_what_is_wrong_with_it_until_it_is_mended(tmp_path: Path) 
     assert [""] == living(tmp_path / "owners")
     assert len(said[0]) == path.stat().st_size
     owner.close()
+
+
+@pytest.mark.parametrize("call", ["open", "flock", "close"])
+def test_who_cannot_be_looked_at_is_not_dead_for_that(tmp_path: Path, call: str) -> None:
+    """It would end the daemon that looks; the claims of the other run out by themselves."""
+    ours = Owner(tmp_path, clock=SystemClock())
+    (tmp_path / f"{ours.name}-before").touch()
+
+    with Hand(Fail("os", 1, refuses(errno.EIO), only=lambda op: op.name == call)):
+        is_dead = ours.is_dead(f"{ours.name}-before")
+
+    assert is_dead is (call == "close")
+    assert ours.is_dead(f"{ours.name}-before")
+
+
+@pytest.mark.parametrize("call", ["unlink", "close"])
+def test_a_lock_file_that_cannot_be_removed_holds_nobody_up(tmp_path: Path, call: str) -> None:
+    ours = Owner(tmp_path, clock=SystemClock())
+    (tmp_path / "before").touch()
+
+    with Hand(Fail("os", 1, refuses(errno.EIO), only=lambda op: op.name == call, lasts=lambda: True)):
+        ours.forget("before")
+        ours.close()
+
+    assert [] == living(tmp_path)
