@@ -17,7 +17,7 @@ from spoold.digest import Digester
 from spoold.errors import Changed, Refused, SpooldError, StillOpen, Vanished
 from spoold.model import HOUSE, BatchFile, Identity
 from spoold.renames import rename_noreplace
-from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
+from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular, shut
 
 _CHUNK_BYTES = 1 << 20
 
@@ -56,10 +56,11 @@ class AsideDirectory:
             return False
         return True
 
-    def differs(self, file: BatchFile) -> str | None:
+    def differs(self, file: BatchFile, *, trusts: bool) -> str | None:
         """Say why what lies aside is not, for good, what was stored; None if it is. Raises Vanished.
 
         Lease, hash, lease: stat alone is fooled by writers that restore mtime and by mappings (FACTS 18).
+        trusts: without leases where the kernel has none.
         """
         assert file.aside_name is not None, "it lies aside"
         try:
@@ -69,16 +70,15 @@ class AsideDirectory:
             return str(why)
         try:
             before = os.fstat(fd)
-            if is_open_for_writing(fd):
-                return "somebody opened it for writing"
+            if why := _is_written(fd, trusts):
+                return why
             if _sha256(fd) != file.digest:
                 return "it is not what was stored"
-            after = os.fstat(fd)
-            if Identity.of(before) != Identity.of(after) or is_open_for_writing(fd):
+            if Identity.of(before) != Identity.of(os.fstat(fd)):
                 return "somebody opened it for writing"
-            return None
+            return _is_written(fd, trusts)
         finally:
-            os.close(fd)
+            shut(fd)
 
     def put_back(self, path: str, name: str) -> bool:
         """Rename from aside to `path`; if that name is taken the newer file won, and ours goes to `kept/`. Say which.
@@ -127,7 +127,7 @@ class AsideDirectory:
                 if Identity.of(os.fstat(fd)) == before:
                     return digest, before
             finally:
-                os.close(fd)
+                shut(fd)
         return None
 
 
@@ -144,6 +144,13 @@ def parse_aside_name(name: str) -> tuple[int, int, str | None] | None:
     if match is None:
         return None
     return int(match[1]), int(match[2]), unquote(match[3]) if match[3] else None
+
+
+def _is_written(fd: int, trusts: bool) -> str | None:
+    is_open = is_open_for_writing(fd)
+    if is_open is None and not trusts:
+        return "the kernel cannot tell who has it open for writing"
+    return "somebody opened it for writing" if is_open else None
 
 
 def _sha256(fd: int) -> str:

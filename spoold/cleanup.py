@@ -27,6 +27,7 @@ from spoold.errors import (
     ClaimLost,
     Halt,
     Refused,
+    SpoolBroken,
     SpooldError,
     Stale,
     StillOpen,
@@ -257,7 +258,9 @@ class Cleaner:
             if is_aside:
                 self._aside_since[str(file.aside_name)] = self._clock.monotonic()
                 waits.append(Due(self._rules.grace_s, "grace"))
-                if (reason := self._aside.differs(file)) and not self._give_back_ours(claim, file, reason):
+                if (reason := self._aside.differs(file, trusts=self._rules.trusts)) and not self._give_back_ours(
+                    claim, file, reason
+                ):
                     waits.pop()
             else:
                 self._ledger.not_aside(file)
@@ -301,7 +304,7 @@ class Cleaner:
                 waits.append(Due(left_s, "grace"))
                 continue
             try:
-                if reason := self._aside.differs(file):
+                if reason := self._aside.differs(file, trusts=self._rules.trusts):
                     waits += filter(None, [self._give_back_ours(claim, file, reason)])
                     continue
                 self._demand_claim()
@@ -399,22 +402,32 @@ class Cleaner:
 
         A file is judged by the batch in its name. Records that another daemon is at are left to it.
         """
-        names = self._aside.names()
+        try:
+            names = self._aside.names()
+        except (SpooldError, OSError) as error:
+            raise SpoolBroken(f"list {HOUSE}/{ASIDE}: {error}", hint="look at the disk: dmesg, and at who owns it") from error
         for name in names:
-            try:
+            with self._of_this_one_alone("recover", name):
                 self._recover(name, owner, lease_s)
-            except (Stale, Refused, OSError) as error:  # of this one alone: the others wait, and the whole spool
-                fault = fault_of(error, "recover", name) if isinstance(error, OSError) else error
-                if isinstance(fault, Halt):
-                    raise fault from error
-                self._report_aside(name, f"{fault}; it stays")
         present = set(names)
         for missing in self._ledger.all_aside(self._spool.name):
-            if missing.file.aside_name in present:
+            name = str(missing.file.aside_name)
+            if name in present:
                 continue
-            with self._claimed(missing.record_key, owner, lease_s) as is_ours:
+            with self._of_this_one_alone("look for", name), self._claimed(missing.record_key, owner, lease_s) as is_ours:
                 if is_ours and self._spool.identity_of(missing.file.file.path) == missing.file.file.identity:
                     self._ledger.not_aside(missing.file)  # written down, but never renamed
+
+    @contextlib.contextmanager
+    def _of_this_one_alone(self, tried: str, name: str) -> Iterator[None]:
+        """Let a fault of one file be reported, so that the others need not wait for it, nor the whole spool."""
+        try:
+            yield
+        except (Stale, Refused, OSError) as error:
+            fault = fault_of(error, tried, name) if isinstance(error, OSError) else error
+            if isinstance(fault, Halt):
+                raise fault from error
+            self._report_aside(name, f"{fault}; it stays")
 
     def _recover(self, name: str, owner: str, lease_s: float) -> None:
         if (parsed := parse_aside_name(name)) is None:
@@ -441,7 +454,7 @@ class Cleaner:
     def _recover_one(self, known: Aside, name: str) -> None:
         file = dataclasses.replace(known.file, aside_name=name)
         try:
-            reason = self._aside.differs(file) if known.was_stored else "its batch was never stored"
+            reason = self._aside.differs(file, trusts=self._rules.trusts) if known.was_stored else "its batch was never stored"
         except Vanished:
             return
         if reason is None:

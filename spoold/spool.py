@@ -33,6 +33,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # of whatever it is, without opening that
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _OWN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_LEASES = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
 _UNREADABLE = "the daemon's user may not read it"
 _MOUNTED = "something else is mounted there"
 _TOO_DEEP = f"it lies more than {DEEPEST} directories deep"
@@ -65,7 +66,7 @@ class Spool:
         try:
             yield fd
         finally:
-            os.close(fd)
+            shut(fd)
 
     def _descend(self, path: str) -> int:
         fd = self._open_root()
@@ -74,16 +75,15 @@ class Spool:
             for part in filter(None, path.split("/")):
                 if part == "..":
                     raise Vanished(f"open {path}: it leads out of the spool")
-                inner = os.open(part, _DIRECTORY, dir_fd=fd)
-                os.close(fd)
-                fd = inner
+                outer, fd = fd, os.open(part, _DIRECTORY, dir_fd=fd)
+                shut(outer)
                 if _place_of(fd) != here:
                     raise Vanished(f"open {path}: {_MOUNTED}")
         except OSError as error:
-            os.close(fd)
+            shut(fd)
             raise fault_of(error, "open", path) from error
         except Vanished:
-            os.close(fd)
+            shut(fd)
             raise
         return fd
 
@@ -99,8 +99,10 @@ class Spool:
         try:
             status = os.fstat(fd)
             return status.st_dev, status.st_ino
+        except OSError as error:
+            raise SpoolBroken(f"look at root {self.root}: {error.strerror}", hint="look at the disk: dmesg") from error
         finally:
-            os.close(fd)
+            shut(fd)
 
     def _open_root(self) -> int:
         try:
@@ -127,7 +129,7 @@ class Spool:
                 raise Changed(f"open {file.path}: it is not what was looked at")
             yield fd
         finally:
-            os.close(fd)
+            shut(fd)
 
     def identity_of(self, path: str) -> Identity | None:
         """Return the identity of the regular file at `path` now; None if there is none."""
@@ -137,6 +139,8 @@ class Spool:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except (Vanished, FileNotFoundError):
             return None
+        except OSError as error:
+            raise fault_of(error, "look at", path) from error
         return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
 
     def inode_of_directory(self, path: str) -> int | None:
@@ -293,7 +297,7 @@ class Spool:
                 raise Vanished(_MOUNTED)
             yield inner
         finally:
-            os.close(inner)
+            shut(inner)
 
     def refusal(self, file: SpooledFile) -> str | None:
         """Say why no key can ever be made for this file, or return None."""
@@ -509,16 +513,26 @@ def open_regular(directory: int, name: str, path: str) -> int:
 def is_open_for_writing(fd: int) -> bool | None:
     """Say whether anybody has this file open for writing or mapped so, by any of its names; None if the kernel cannot tell.
 
-    Takes a read lease and gives it back at once. Source: fcntl(2), "Leases"; FACTS 15. SIGIO must be ignored.
+    Takes a read lease and gives it back at once. Raises OSError where that went wrong for another reason.
+    Source: fcntl(2), "Leases"; FACTS 15. SIGIO must be ignored.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
         return True
-    except OSError:
-        return None
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        if error.errno in _NO_LEASES:
+            return None
+        raise  # out of memory, interrupted: it could not tell this once
+    with contextlib.suppress(OSError):  # closing gives it back too
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
+
+
+def shut(fd: int) -> None:
+    """Close a descriptor that was only read from: it is closed whatever close says, and that tells nothing of the data."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def fault_of(error: OSError, tried: str, path: str) -> SpooldError:

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from spoold.aside import aside_name, parse_aside_name
 from spoold.cleanup import Cleaner, Due, Missing, Remover
-from spoold.errors import BadPath, ClaimLost, StoreUnavailable
+from spoold.errors import BadPath, ClaimLost, SpoolBroken, StoreUnavailable
 from spoold.model import Answer, BatchFile, Claim, PutResult, State
+from tests.nth import Fail, Hand, Op, refuses
 from tests.parts import (
     BUCKET,
     LEASE_S,
@@ -1619,3 +1620,50 @@ def test_rule_7_a_key_is_not_deleted_while_an_unanswered_put_may_still_bring_it_
     later = ours.remove_due(lease_s=LEASE_S, held=set())
 
     assert (1, 0, 1) == (at_once, in_doubt, later)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ENOENT])
+def test_aside_that_cannot_be_listed_at_a_start_holds_the_spool(bench: Bench, error: int) -> None:
+    with Hand(Fail("os", 1, refuses(error), only=lambda op: op.name == "listdir")), pytest.raises(SpoolBroken):
+        recover(bench)
+
+
+def test_what_cannot_be_looked_for_at_a_start_holds_the_spool(bench: Bench) -> None:
+    claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
+    bench.ledger.set_aside(claim, [dataclasses.replace(file, aside_name="1.1.x") for file in claim.batch.files])
+    bench.ledger.put_back(claim)
+
+    with Hand(Fail("os", 1, refuses(errno.EIO), only=lambda op: op.name == "stat")), pytest.raises(SpoolBroken):
+        recover(bench)
+    recover(bench)
+
+    assert [] == bench.ledger.all_aside(NAME)
+    assert [] == bench.ledger.owners()
+
+
+def test_without_leases_at_the_last_look_a_file_comes_back(bench: Bench) -> None:
+    """It was set aside by a daemon that could take leases; one that cannot may not tell whether somebody writes."""
+    claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
+    cleaner = bench.cleaner(grace_s=10.0)
+    step(bench, cleaner, claim)
+    bench.clock.advance(10)
+
+    in_a_world(lambda: step(bench, cleaner, bench.claimed()), without_leases())
+
+    assert (["avatars/42/original/cat.jpg"], []) == (bench.files(), bench.aside())
+
+
+def test_a_rename_that_was_done_is_believed_whatever_close_says_then(bench: Bench) -> None:
+    """It was taken for one that failed: the file lay aside, and nobody knew."""
+    claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
+    is_after = iter([False] * 2)
+
+    def closes_after_the_rename(op: Op) -> bool:
+        return op.name == "close" and any(before.name == "renameat2" for before in hand.ops) and next(is_after, True)
+
+    with Hand(Fail("os", 1, refuses(errno.EIO), only=closes_after_the_rename)) as hand:
+        bench.cleaner().clear(claim)
+    bench.ledger.put_back(claim)
+    bench.cleaner().clear(bench.claimed())
+
+    assert ([], []) == (bench.files(), bench.aside())

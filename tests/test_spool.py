@@ -26,6 +26,7 @@ from spoold.layout import Layout
 from spoold.model import HOUSE, Identity, Oddity, SpooledFile
 from spoold.spool import ASIDE, CANARY, KEPT, Spool, fault_of, is_open_for_writing, open_regular
 from tests.hostile import Witness, bind, deep_tree
+from tests.nth import Fail, Hand, refuses
 from tests.parts import (
     NAME,
     PATH,
@@ -1015,3 +1016,35 @@ def test_a_lease_is_given_back_at_once_so_that_no_writer_waits(tmp_path: Path) -
         writer.start()
 
         until(lambda: not writer.is_alive(), "the writer got in", timeout_s=5)
+
+
+def test_that_the_kernel_could_not_tell_once_is_an_error_and_no_answer(tmp_path: Path) -> None:
+    """Out of memory, or interrupted: it was taken for a filesystem without leases, and the file stayed for ever."""
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(b"a cat")
+    with path.open("rb") as file, Hand(Fail("os", 1, refuses(errno.ENOMEM))), pytest.raises(OSError, match="memory"):
+        is_open_for_writing(file.fileno())
+
+
+def test_a_lease_that_cannot_be_given_back_goes_with_the_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(b"a cat")
+    with path.open("rb") as file, Hand(Fail("os", 2, refuses(errno.EIO))):
+        assert is_open_for_writing(file.fileno()) is False
+    with path.open("r+b", buffering=0) as writer:
+        writer.write(b"A")
+
+
+def test_a_directory_is_closed_once_whatever_close_says(spool: Spool) -> None:
+    """Closed twice, the second may be of another thread's file."""
+    (spool.root / "avatars/42").mkdir(parents=True)
+    before = len(os.listdir("/proc/self/fd"))
+
+    for number in range(1, 5):
+        with (
+            Hand(Fail("os", number, refuses(errno.EIO), only=lambda op: op.name == "close")),
+            spool.directory("avatars/42") as fd,
+        ):
+            assert os.path.samestat(os.fstat(fd), os.stat(spool.root / "avatars/42"))
+
+    assert before == len(os.listdir("/proc/self/fd"))
