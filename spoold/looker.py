@@ -11,7 +11,7 @@ import structlog
 from spoold import container
 from spoold.clock import Ages
 from spoold.completeness import Rules, judge
-from spoold.errors import Changed, Refused, StillOpen, Vanished
+from spoold.errors import Changed, Refused, SpoolBroken, StillOpen, Vanished
 from spoold.ledger import Known, Ledger
 from spoold.model import Identity, Oddity, Snapshot, SpooledFile, State, Verdict, fingerprint
 from spoold.spool import Spool, is_open_for_writing
@@ -96,6 +96,8 @@ class Looker:
         if chosen:
             deciders = {str(verdict.decided_by) for verdict in verdicts if verdict.basename in chosen}
             decided_by = "refused" if chosen == refused else ",".join(sorted(deciders))
+            if known.sighted in (None, "gone"):  # what is new is told first, also where nothing has to be waited for
+                self._ledger.see(self._spool.name, snapshot, files, state="receiving", reason="it is complete")
             if self._ledger.offer(self._spool.name, snapshot, files, decided_by=decided_by, is_all=not waiting):
                 self._on_offer()
         return self._wait_for(snapshot, waiting, files_of) if waiting else Next()
@@ -174,8 +176,10 @@ def with_veto(spool: Spool, images: str, files: Iterable[SpooledFile], verdict: 
                     veto = "lease", f"{file.style}/{file.filename} is open for writing"
         except (Changed, Vanished) as gone:
             veto = "quiet", str(gone)
-        except (Refused, StillOpen) as why_not:
+        except (Refused, SpoolBroken, StillOpen) as why_not:
             veto = "lease", str(why_not)
+        except OSError as error:  # one that cannot be read is not in the way of the others
+            veto = "lease", f"{file.style}/{file.filename}: {error.strerror}"
         if veto is not None:
             return replace(verdict, vetoed_by=veto[0], reason=veto[1])
     return verdict

@@ -124,6 +124,8 @@ class Watcher:
                 self._look_at_due()
             except SpoolBroken as fault:
                 self._break(fault)
+            except OSError as error:
+                self._break(SpoolBroken(f"look at {self._spool.root}: {error}", hint="look at the disk: dmesg"))
         except LedgerUnavailable:  # the ledger told of it
             return 0.5
         if self._sweeps and len(self._settling) < _PENDING_AT_MOST:
@@ -182,7 +184,7 @@ class Watcher:
                 continue  # it was touched again, or looked at since
             try:
                 again = self._looker.look(record)
-            except (SpoolBroken, LedgerUnavailable):
+            except (SpoolBroken, LedgerUnavailable, OSError):
                 self._schedule(record, now + 1.0, settling=True)
                 raise
             except SpooldError as fault:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from spoold.errors import LedgerUnavailable, SpoolBroken, Unfinished
 from spoold.looker import Looker, Next
 from spoold.model import State
+from tests.nth import Fail, Hand, refuses
 from tests.paperclip import picture
 from tests.parts import (
     NAME,
@@ -636,3 +638,34 @@ def test_a_file_that_goes_away_under_our_eyes_waits_for_another_look(bench: Benc
 
     assert ("quiet", False) == (found.vetoed_by, found.is_complete)
     assert State.PENDING is not known.state
+
+
+@pytest.mark.parametrize("call", ["pread", "fcntl", "open", "fstat"])
+def test_a_file_that_cannot_be_read_is_waited_for_and_in_nobodys_way(bench: Bench, call: str) -> None:
+    """A bad sector ended the watcher's thread, and with it the daemon, at every start again."""
+    looker = bench.looker()
+    save(bench, "original/cat.jpg", "original/dog.jpg")
+    looker.look(RECORD)
+    bench.clock.advance(5.0)
+
+    # What is opened first is the root; the record's directories and the files come then.
+    is_of_a_file = {"open": 6, "fstat": 8}.get(call, 1)
+    with Hand(Fail("os", is_of_a_file, refuses(errno.EIO), only=lambda op: op.name == call)) as hand:
+        again = looker.look(RECORD)
+
+    assert isinstance(hand.plan, Fail) and hand.plan.hit is not None
+    if batches(bench):
+        assert [("pending", {"original/dog.jpg"})] == batches(bench)
+        assert "cat" in bench.rows("SELECT reason FROM sighting")[0]["reason"]
+    bench.clock.advance(again.in_s or 0.0)
+    looker.look(RECORD)
+    assert {"original/cat.jpg", "original/dog.jpg"} == batches(bench)[-1][1]
+
+
+def test_what_is_complete_at_first_sight_is_told_as_seen_all_the_same(bench: Bench) -> None:
+    """A record's lines begin with its being seen, also if nothing is waited for, or if that could not be written down."""
+    save(bench, *CAT)
+
+    bench.looker(settle_s=0.0).look(RECORD)
+
+    assert ["record.seen", "batch.settled"] == bench.events()

@@ -18,6 +18,7 @@ from spoold.looker import Looker, Next
 from spoold.model import HOUSE
 from spoold.watcher import Watcher
 from tests.hostile import deep_tree
+from tests.nth import Fail, Hand, refuses
 from tests.paperclip import App, How, picture
 from tests.parts import (
     NAME,
@@ -826,3 +827,16 @@ def test_it_runs_until_it_is_asked_to_stop_and_leaves_no_thread(bench: Bench) ->
     assert time.monotonic() - began < 5
     until(lambda: set(threading.enumerate()) <= before, "watchdog's threads have ended")
     assert handlers == logging.getLogger("watchdog.observers.inotify_c").handlers
+
+
+@pytest.mark.parametrize("call", ["fstat", "scandir", "stat", "mkdir"])
+def test_a_disk_that_fails_once_holds_the_spool_for_a_moment(bench: Bench, call: str) -> None:
+    """An error that nobody had named ended the watcher's thread, and with it the daemon."""
+    watch = Watch(bench, observes=False)
+    bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+
+    with Hand(Fail("os", 1, refuses(errno.EIO), only=lambda op: op.name == call)) as hand:
+        watch.until(lambda: bench.state() == "receiving", "the record is seen")
+
+    assert isinstance(hand.plan, Fail) and hand.plan.hit is not None
+    assert all(isinstance(fault, SpoolBroken) for fault in watch.broken)
