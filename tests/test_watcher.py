@@ -840,3 +840,22 @@ def test_a_disk_that_fails_once_holds_the_spool_for_a_moment(bench: Bench, call:
 
     assert isinstance(hand.plan, Fail) and hand.plan.hit is not None
     assert all(isinstance(fault, SpoolBroken) for fault in watch.broken)
+
+
+def test_a_record_whose_look_failed_is_looked_at_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for one that is about to be looked at, and no sweep touched it any more."""
+    watch = Watch(bench, observes=False)
+    look = watch.looker.look
+    faults = [OSError(errno.EIO, "Input/output error")]
+
+    def fail_once(record: str) -> Any:
+        if faults:
+            raise faults.pop()
+        return look(record)
+
+    monkeypatch.setattr(watch.looker, "look", fail_once)
+    bench.write(f"{RECORD}/original/cat.jpg", JPEG)
+
+    watch.until(lambda: bench.state() == "receiving", "the record is seen")
+
+    assert [SpoolBroken] == [type(fault) for fault in watch.broken]
