@@ -66,8 +66,8 @@ class AsideDirectory:
         try:
             with self.directory() as aside:
                 fd = open_regular(aside, file.aside_name, file.file.path)
-        except (Changed, Refused, StillOpen) as why:  # it took the file's name in the moment before the rename
-            return str(why)
+        except (Changed, Refused, StillOpen) as fault:  # it took the file's name in the moment before the rename
+            return str(fault)
         try:
             before = os.fstat(fd)
             if why := _is_written(fd, trusts):

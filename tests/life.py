@@ -38,7 +38,7 @@ from spoold.spool import ASIDE, CANARY, KEPT
 from spoold.store import Store
 from tests.nth import Hand, Kill, Killed, Op
 from tests.paperclip import App
-from tests.parts import ManualClock, ledger_template, is_whole_jpeg
+from tests.parts import ManualClock, is_whole_jpeg, ledger_template
 from tests.servers import RcloneServer
 from tests.system.harness import ALLOWED_NEXT
 
