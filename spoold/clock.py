@@ -20,6 +20,9 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds that only grow; mean nothing outside this process."""
 
+    def uptime(self) -> float:
+        """Seconds since this machine started."""
+
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         """Wait until `event` is set or the time is up; say whether it is set."""
 
@@ -32,6 +35,9 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def uptime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         return event.wait(timeout_s)
@@ -63,3 +69,11 @@ class Ages:
             if len(self._first_seen) > self._capacity:
                 self._first_seen.popitem(last=False)
         return max(0.0, min(moment - first, self._clock.now() - identity.ctime_ns / 1e9))
+
+    def predates_boot(self, identity: Identity) -> bool:
+        """Say whether a file was last changed before this machine started: a power cut may have taken bytes of it.
+
+        A ctime in the future too is from before: the clock came up behind, and has not been set yet.
+        """
+        now = self._clock.now()
+        return not now - self._clock.uptime() <= identity.ctime_ns / 1e9 <= now

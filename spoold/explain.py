@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spoold import completeness, config
-from spoold.clock import Clock, iso
+from spoold.clock import Ages, Clock, iso
 from spoold.errors import BadPath, SpooldError
 from spoold.ledger import Known, Ledger
-from spoold.looker import by_basename, reasons_of, verdicts_of, with_veto
+from spoold.looker import by_basename, may_be_cut, reasons_of, verdicts_of, with_veto
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
 from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular
 
@@ -337,8 +337,11 @@ class Explainer:
 
         verdicts = verdicts_of(self.spool, self._rules, snapshot, known, age_s=age_s)
         files_of = by_basename(snapshot)
-        images = self._settings.complete.images
-        return [with_veto(self.spool, images, files_of[verdict.basename], verdict) for verdict in verdicts]
+        images, ages = self._settings.complete.images, Ages(self._clock)
+        in_doubt = {file.path for file in snapshot.files if may_be_cut(file, known, ages)}
+        return [
+            with_veto(self.spool, images, files_of[verdict.basename], verdict, in_doubt=in_doubt) for verdict in verdicts
+        ]
 
     def _key_of(self, file: SpooledFile) -> str | None:
         place = self.spool.layout.parse(file.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -83,8 +83,12 @@ class Looker:
             return Next()
         judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
         files_of = by_basename(snapshot)
+        in_doubt = {file.path for file in snapshot.files if may_be_cut(file, known, self._ages)}
         verdicts = [
-            with_veto(self._spool, self._images, files_of[verdict.basename], verdict, as_is=known.as_is) for verdict in judged
+            with_veto(
+                self._spool, self._images, files_of[verdict.basename], verdict, in_doubt=in_doubt, as_is=known.as_is
+            )
+            for verdict in judged
         ]
         chosen = {verdict.basename for verdict in verdicts if verdict.is_complete}
         refused = {verdict.basename for verdict in verdicts if verdict.refused}
@@ -122,7 +126,7 @@ class Looker:
         files = [file for verdict in waiting for file in files_of[verdict.basename]]
         everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
         age_s = min(self._ages.age_s(file.identity) for file in everything)
-        is_stalled = age_s >= self._within_s or all(verdict.refused for verdict in waiting)
+        is_stalled = age_s >= self._within_s or all(verdict.refused or verdict.vetoed_by == "power" for verdict in waiting)
         is_settling = any(verdict.vetoed_by == "quiet" for verdict in waiting)
         # How long it has been quiet changes with every look: no news for the ledger.
         reasons = reasons_of(verdict for verdict in waiting if verdict.vetoed_by != "quiet")
@@ -162,15 +166,32 @@ def verdicts_of(
     ]
 
 
-def with_veto(spool: Spool, images: str, files: Iterable[SpooledFile], verdict: Verdict, *, as_is: bool = False) -> Verdict:
-    """Open the files of a basename that would be complete: is each image whole, does nobody write? Return what holds then."""
+def may_be_cut(file: SpooledFile, known: Known, ages: Ages) -> bool:
+    """Say whether a power cut may have taken bytes of a file: it is from before, and the ledger does not know it so.
+
+    A device can have another number after a boot.
+    """
+    before = known.files.get(file.path)
+    is_as_before = before is not None and replace(before, dev=file.identity.dev) == file.identity
+    return not is_as_before and ages.predates_boot(file.identity)
+
+
+def with_veto(
+    spool: Spool, images: str, files: Iterable[SpooledFile], verdict: Verdict, *, in_doubt: Collection[str] = (), as_is: bool = False
+) -> Verdict:
+    """Open the files of a basename that would be complete: is each whole, does nobody write? Return what holds then.
+
+    in_doubt: paths of files of which a power cut may have taken bytes.
+    """
     if not verdict.is_complete:
         return verdict
     for file in files:
         veto: tuple[str, str] | None = None
         try:
             with spool.opened(file) as fd:
-                if images != "none" and not as_is and (why := container.unfinished(fd, file.filename)):
+                if file.path in in_doubt and not as_is and (why := container.cut_off(fd)):
+                    veto = "power", f"{file.style}/{file.filename}: {why}, since before the boot; a power cut leaves such files"
+                elif images != "none" and not as_is and (why := container.unfinished(fd, file.filename)):
                     veto = "images", f"{file.style}/{file.filename}: {why}"
                 elif is_open_for_writing(fd):
                     veto = "lease", f"{file.style}/{file.filename} is open for writing"

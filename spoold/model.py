@@ -106,7 +106,7 @@ class Verdict:
     """What was decided about one basename of a record, by whom, and who vetoed it.
 
     decided_by: "marker", "styles", "quiet" or "as-is"; None while nobody has.
-    vetoed_by: "quiet", "images" or "lease"; None if nobody did.
+    vetoed_by: "quiet", "images", "power" or "lease"; None if nobody did.
     reason: one clause for a person: what is missing, or what was seen.
     refused: no key can be made for one of its files, ever (the reason says which).
     """

@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spoold import styles
+from spoold import container, styles
 from spoold.cleanup import Cleaner, Missing
-from spoold.clock import Clock
+from spoold.clock import Ages, Clock
 from spoold.errors import (
+    Changed,
     ClaimLost,
     Draining,
     GaveUp,
@@ -66,6 +67,7 @@ class Pipeline:
         self._holds = holds
         self._retry = retry
         self._clock = clock
+        self._ages = Ages(clock)
 
     def walk(self, claim: Claim) -> Outcome:
         """Take one claimed batch as far as it will go, and write down how far that was.
@@ -95,6 +97,7 @@ class Pipeline:
         began = self._clock.monotonic()
         if parts.decodes:
             self._demand_whole_images(claim, parts.spool)
+        self._demand_bytes(claim, parts.spool)
         puts = parts.uploader.prepare(claim.batch, fingerprint=self._ledger.live_fingerprint(claim))
         for marker in (file for file in claim.batch.files if file.is_marker and not file.is_gone):
             self._ledger.mark_hashed(claim, marker, parts.uploader.hash(marker).sha256)
@@ -116,6 +119,20 @@ class Pipeline:
                     reasons[file.basename] = f"decode {file.path}: {reason}"
         if reasons:
             raise Unfinished("; ".join(reasons.values()), reasons)
+
+    def _demand_bytes(self, claim: Claim, spool: Spool) -> None:
+        """Raise Changed if a power cut took the bytes of a file that waited for its upload: the looker judges it anew.
+
+        One that was hashed once was synced before. A batch taken as it lies is not asked.
+        """
+        waited = [file.file for file in claim.batch.uploads if file.digest is None and not file.is_gone]
+        doubtful = [file for file in waited if self._ages.predates_boot(file.identity)]
+        if not doubtful or self._ledger.was_taken_as_is(claim):
+            return
+        for file in doubtful:
+            with spool.opened(file) as fd:
+                if why := container.cut_off(fd, is_sure_of_size=True):
+                    raise Changed(f"read {file.path}: {why}")
 
     def _answer(self, claim: Claim, parts: Parts, fault: SpooldError) -> Outcome:
         """Turn a fault into what the daemon does next."""

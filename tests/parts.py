@@ -79,12 +79,21 @@ class ManualClock:
     def __init__(self) -> None:
         self._monotonic_s = 1_000.0
         self._ahead_s = 0.0
+        self._advanced_s = 0.0
+        self._booted_at = time.time() - 86_400.0
 
     def now(self) -> float:
         return time.time() + self._ahead_s
 
     def monotonic(self) -> float:
         return self._monotonic_s
+
+    def uptime(self) -> float:
+        return time.time() + self._advanced_s - self._booted_at
+
+    def boot(self) -> None:
+        """Be a machine that has just started: whatever was written so far is from before."""
+        self._booted_at = time.time() + self._advanced_s
 
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         """Let the time pass at once."""
@@ -95,6 +104,7 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self._monotonic_s += seconds
+        self._advanced_s += seconds
         self._ahead_s += seconds
 
     def jump(self, seconds: float) -> None:

@@ -153,3 +153,32 @@ def test_the_machines_clock_waits_until_the_event_and_no_longer() -> None:
     assert is_set
     assert clock.monotonic() - began < 10
     assert not clock.wait(threading.Event(), 0.01)
+
+
+# Before this machine started
+
+
+def test_a_file_is_from_before_the_boot_if_its_ctime_is() -> None:
+    clock = ManualClock()
+    before = born(clock, ago_s=1.0)
+
+    clock.boot()
+
+    assert Ages(clock).predates_boot(before)
+    assert not Ages(clock).predates_boot(born(clock))
+
+
+def test_a_file_from_the_future_is_from_before_the_boot() -> None:
+    """Without a battery a clock comes up with the time of long ago, until somebody sets it."""
+    clock = ManualClock()
+    before = born(clock)
+    clock.boot()
+
+    clock.jump(-3600)
+
+    assert Ages(clock).predates_boot(before)
+    assert not Ages(clock).predates_boot(born(clock))
+
+
+def test_the_machine_has_been_up_for_a_while() -> None:
+    assert 0.0 < SystemClock().uptime() < SystemClock().now()

@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spoold.container import unfinished
+from spoold.container import cut_off, unfinished
 
 
 class Scratch:
@@ -224,3 +225,35 @@ def test_an_ordinary_file_takes_few_reads(scratch: Scratch, monkeypatch: pytest.
     assert scratch.look(content) is None
 
     assert 1 <= len(reads) <= limit
+
+
+# What a power cut leaves
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"x" * 8192, "it ends after 8192 bytes, a multiple of 4096"),
+        (b"x" * 8191, None),
+        (b"\0" * 100, None),
+    ],
+)
+def test_a_file_that_ends_with_a_page_may_have_been_cut_off(scratch: Scratch, content: bytes, reason: str | None) -> None:
+    scratch.look(content)
+
+    assert reason == cut_off(scratch.fd)
+    assert cut_off(scratch.fd, is_sure_of_size=True) is None
+
+
+def test_a_hole_is_found_also_where_it_was_read(tmp_path: Path) -> None:
+    """What is in the page cache counts as data to SEEK_HOLE; ext4 has such files with their size already."""
+    path = tmp_path / "paper.pdf"
+    with path.open("wb") as file:
+        file.truncate(100_001)
+        file.seek(50_000)
+        file.write(b"the rest")
+    path.read_bytes()
+
+    with path.open("rb") as file:
+        assert "it has a hole" == cut_off(file.fileno(), is_sure_of_size=True)

@@ -669,3 +669,57 @@ def test_what_is_complete_at_first_sight_is_told_as_seen_all_the_same(bench: Ben
     bench.looker(settle_s=0.0).look(RECORD)
 
     assert ["record.seen", "batch.settled"] == bench.events()
+
+
+# After a power cut
+
+
+@pytest.fixture
+def emptied(bench: Bench) -> Looker:
+    """A file that the app never synced came back empty; look at it when the machine is up again."""
+    save(bench, "original/paper.pdf", content=b"")
+    bench.clock.boot()
+    looker = bench.looker()
+    settled(bench, looker)
+    return looker
+
+
+def test_a_file_that_a_power_cut_emptied_stalls_at_once_with_the_reason(bench: Bench, emptied: Looker) -> None:
+    assert "stalled" == bench.state()
+    assert "original/paper.pdf: it is empty, since before the boot; a power cut leaves such files" in reason(bench)
+    assert [] == batches(bench)
+
+
+def test_what_the_app_writes_anew_after_a_power_cut_goes_up(bench: Bench, emptied: Looker) -> None:
+    save(bench, "original/paper.pdf", content=b"")
+    settled(bench, emptied)
+
+    assert [("pending", {"original/paper.pdf"})] == batches(bench)
+
+
+def test_what_a_person_wants_as_it_lies_after_a_power_cut_goes_up(bench: Bench, emptied: Looker) -> None:
+    bench.ledger.retry([RECORD], as_is=True)
+    settled(bench, emptied)
+
+    assert [("pending", {"original/paper.pdf"})] == batches(bench)
+
+
+def test_a_whole_file_from_before_the_boot_goes_up(bench: Bench) -> None:
+    save(bench, "original/paper.pdf", content=b"all of it")
+    bench.clock.boot()
+
+    settled(bench, bench.looker())
+
+    assert [("pending", {"original/paper.pdf"})] == batches(bench)
+
+
+def test_a_file_that_the_ledger_knew_with_this_size_was_not_cut_off(bench: Bench) -> None:
+    """Its other styles are new, so that all of them are judged again."""
+    save(bench, "original/paper.pdf", content=b"x" * 4096)
+    settled(bench, bench.looker())
+    save(bench, "text/paper.txt", content=b"in words")
+    bench.clock.boot()
+
+    settled(bench, bench.looker())
+
+    assert {"original/paper.pdf", "text/paper.txt"} == batches(bench)[-1][1]

@@ -825,3 +825,39 @@ def test_what_the_bucket_lost_is_no_matter_once_a_newer_batch_is_here(
 
     assert (Outcome.STALE, []) == (outcome, bench.ledger.owners())
     assert ["superseded", "pending"] == [row["state"] for row in bench.rows("SELECT state FROM batch ORDER BY id")]
+
+
+# After a power cut
+
+
+def holed(bench: Bench, *, decided_by: str = "quiet") -> Claim:
+    """Offer a file whose size is on the disk and whose bytes are not, and boot."""
+    path = bench.root / ORIGINAL
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(100_001)
+    bench.offer(decided_by=decided_by)
+    bench.clock.boot()
+    return bench.claimed()
+
+
+def test_what_waited_and_lost_its_bytes_in_a_power_cut_is_judged_anew(bench: Bench, proxy: FaultProxy) -> None:
+    outcome = bench.pipeline().walk(holed(bench))
+
+    assert (Outcome.STALE, [RECORD]) == (outcome, bench.touched)
+    assert [] == proxy.requests("PUT")
+
+
+def test_what_waited_over_a_boot_and_is_whole_goes_up(bench: Bench, rclone_server: RcloneServer) -> None:
+    claim = offered(bench)
+    bench.clock.boot()
+
+    bench.pipeline().walk(claim)
+
+    assert {ORIGINAL: b"a cat", THUMB: b"cat"} == rclone_server.objects(BUCKET)
+
+
+def test_what_a_person_wants_as_it_lies_goes_up_with_its_holes(bench: Bench, rclone_server: RcloneServer) -> None:
+    bench.pipeline().walk(holed(bench, decided_by="as-is"))
+
+    assert {ORIGINAL: b"\0" * 100_001} == rclone_server.objects(BUCKET)
