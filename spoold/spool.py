@@ -7,12 +7,13 @@ filesystem: nothing outside the root can be read, whatever is swapped in while w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,8 @@ _NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # of whatever it is, without o
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _OWN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LEASES = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY}
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
 _UNREADABLE = "the daemon's user may not read it"
 _MOUNTED = "something else is mounted there"
 _TOO_DEEP = f"it lies more than {DEEPEST} directories deep"
@@ -150,6 +153,16 @@ class Spool:
                 return os.fstat(fd).st_ino
         except (Vanished, BadPath):
             return None
+
+    def write_out(self, files: Iterable[SpooledFile]) -> None:
+        """Have the kernel begin to write out all these files at once, so that the fsync of each finds little left to do.
+
+        A record of three then costs a disk 4.6 flushes instead of 6, on ext4 as on xfs (tests/bench/test_sync_cost.py). It is
+        no promise: what is durable is so by fsync. Raises as `opened`. Source: sync_file_range(2).
+        """
+        for file in files:
+            with self.opened(file) as fd:
+                _libc.sync_file_range(fd, ctypes.c_longlong(0), ctypes.c_longlong(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
     def make_durable(self, directories: set[str]) -> None:
         """fsync the directories and everything above them up to the root, each once (FACTS 16)."""

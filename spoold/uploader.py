@@ -124,6 +124,7 @@ class Uploader:
         """
         files = [file for file in batch.uploads if not file.is_gone]
         files.sort(key=lambda file: (file.file.style != ORIGINAL, file.id))
+        self._spool.write_out(file.file for file in files)
         hashed = []
         room = _KEPT_BATCH_BYTES
         for file in files:
