@@ -339,9 +339,7 @@ class Explainer:
         files_of = by_basename(snapshot)
         images, ages = self._settings.complete.images, Ages(self._clock)
         in_doubt = {file.path for file in snapshot.files if may_be_cut(file, known, ages)}
-        return [
-            with_veto(self.spool, images, files_of[verdict.basename], verdict, in_doubt=in_doubt) for verdict in verdicts
-        ]
+        return [with_veto(self.spool, images, files_of[verdict.basename], verdict, in_doubt=in_doubt) for verdict in verdicts]
 
     def _key_of(self, file: SpooledFile) -> str | None:
         place = self.spool.layout.parse(file.path)

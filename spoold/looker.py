@@ -85,9 +85,7 @@ class Looker:
         files_of = by_basename(snapshot)
         in_doubt = {file.path for file in snapshot.files if may_be_cut(file, known, self._ages)}
         verdicts = [
-            with_veto(
-                self._spool, self._images, files_of[verdict.basename], verdict, in_doubt=in_doubt, as_is=known.as_is
-            )
+            with_veto(self._spool, self._images, files_of[verdict.basename], verdict, in_doubt=in_doubt, as_is=known.as_is)
             for verdict in judged
         ]
         chosen = {verdict.basename for verdict in verdicts if verdict.is_complete}
@@ -177,7 +175,13 @@ def may_be_cut(file: SpooledFile, known: Known, ages: Ages) -> bool:
 
 
 def with_veto(
-    spool: Spool, images: str, files: Iterable[SpooledFile], verdict: Verdict, *, in_doubt: Collection[str] = (), as_is: bool = False
+    spool: Spool,
+    images: str,
+    files: Iterable[SpooledFile],
+    verdict: Verdict,
+    *,
+    in_doubt: Collection[str] = (),
+    as_is: bool = False,
 ) -> Verdict:
     """Open the files of a basename that would be complete: is each whole, does nobody write? Return what holds then.
 
