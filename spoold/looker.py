@@ -182,7 +182,7 @@ def with_veto(
     *,
     in_doubt: Collection[str] = (),
     as_is: bool = False,
-) -> Verdict:
+) -> Verdict:  # fmt: skip
     """Open the files of a basename that would be complete: is each whole, does nobody write? Return what holds then.
 
     in_doubt: paths of files of which a power cut may have taken bytes.
