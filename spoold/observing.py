@@ -121,9 +121,20 @@ class Observing:
 
     def end(self) -> None:
         observer, self._observer = self._observer, None
-        if observer is not None:
-            observer.stop()
-            observer.join(5)
+        if observer is None:
+            return
+        groups = [getattr(emitter, "_inotify", None) for emitter in observer.emitters]
+        for _ in range(len(groups) + 1):
+            try:
+                observer.stop()
+                break
+            except KeyError:
+                # Its books are wrong once two directories changed places, and each emitter stumbles over its own once,
+                # before it has woken its thread.
+                for group in groups:
+                    if (events := getattr(group, "_move_event_grouper", None)) is not None:
+                        events.close()
+        observer.join(5)
 
     def close(self) -> None:
         self.end()

@@ -14,6 +14,7 @@ import pytest
 
 from spoold import observing
 from spoold.observing import Observing, watches_needed
+from tests.hostile import exchange
 from tests.parts import Bench, RealClock, in_a_world, until, without
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -117,6 +118,25 @@ def test_a_reader_that_died_is_a_reason_to_begin_anew(bench: Bench, ears: Observ
 
     assert ears._observer.is_alive() and all(emitter.is_alive() for emitter in ears._observer.emitters)
     assert "watchdog's threads are dead" == ears.doubt()
+
+
+def test_it_ends_also_after_two_directories_changed_places(bench: Bench, ears: Observing) -> None:
+    """watchdog then forgets one of them, and stumbles over it when it is to stop: the daemon died of it."""
+    for name in ("one", "other"):
+        bench.write(f"avatars/{name}/original/cat.jpg")
+    ears.begin()
+    before = set(threading.enumerate())
+    for _ in range(5):
+        exchange(bench.root / "avatars/one", bench.root / "avatars/other")
+    bench.write("avatars/last")
+    until_heard(ears, "avatars/last")
+
+    ears.begin()
+    bench.write("avatars/later")
+    until_heard(ears, "avatars/later")
+    threads = set(threading.enumerate()) - before
+
+    assert len(threads) == len(before - set(threading.enumerate())), "no thread of the old one is left"
 
 
 def test_the_canary_is_not_silent_while_its_word_may_still_be_unread(bench: Bench, ears: Observing) -> None:
