@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import struct
@@ -142,8 +143,12 @@ def exchange(one: str | Path, other: str | Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
+_STAYS_S = (0.0,) * 20 + (0.0002, 0.001, 0.003)
+"""How long a decoy stays: mostly not at all, so that it comes and goes within what the daemon does with one name."""
+
+
 class Swapper:
-    """Exchanges names with their decoys and back, round and round, as fast as a thread can.
+    """Exchanges names with their decoys and back, round and round, mostly as fast as a thread can.
 
     pairs: (a path in the spool, its decoy beside the spool). At the end each path is what it was, or is not there.
     swaps: how often one took the place of the other.
@@ -169,18 +174,22 @@ class Swapper:
 
     def _run(self) -> None:
         try:
-            while not self._is_over.is_set():
-                for path, decoy in self._pairs:
+            for turn in itertools.count():
+                if self._is_over.is_set():
+                    return
+                for number, (path, decoy) in enumerate(self._pairs):
                     with self._lock:
-                        self._swap(path, decoy)
+                        self._swap(path, decoy, stays_s=_STAYS_S[(turn + number) % len(_STAYS_S)])
         except BaseException as error:
             self._fault = error
 
-    def _swap(self, path: Path, decoy: Path) -> None:
+    def _swap(self, path: Path, decoy: Path, *, stays_s: float) -> None:
         target = os.readlink(decoy) if decoy.is_symlink() else None
         if not exchange(path, decoy):
             return
         self.swaps += 1
+        if stays_s:
+            self._is_over.wait(stays_s)
         if exchange(path, decoy):
             self.swaps += 1
             return
