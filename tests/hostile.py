@@ -6,10 +6,12 @@ import ctypes
 import errno
 import itertools
 import os
+import random
 import select
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,7 +82,7 @@ class Witness:
         self._trees = trees
         self._fd = -1
         self._paths: dict[int, Path] = {}
-        self._seen: list[tuple[str, str]] = []
+        self._seen: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Self:
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -116,7 +118,8 @@ class Witness:
                 path = self._paths[number] / os.fsdecode(name) if name else self._paths[number]
                 for bit, what in _EVENTS.items():
                     if mask & bit:
-                        self._seen.append(("listed" if mask & _IS_DIRECTORY and bit in (0x1, 0x20) else what, str(path)))
+                        kind = "listed" if mask & _IS_DIRECTORY and bit in (0x1, 0x20) else what
+                        self._seen[kind, str(path)] = self._seen.get((kind, str(path)), 0) + 1
 
     def seen(self, *kinds: str) -> list[tuple[str, str]]:
         """Return what was done to what so far; of these kinds only, if any are given. Closing without writing is nothing."""
@@ -145,10 +148,11 @@ def exchange(one: str | Path, other: str | Path) -> bool:
 
 _STAYS_S = (0.0,) * 20 + (0.0002, 0.001, 0.003)
 """How long a decoy stays: mostly not at all, so that it comes and goes within what the daemon does with one name."""
+_BURST_S, _REST_S = (0.02, 0.15), (0.02, 0.25)
 
 
 class Swapper:
-    """Exchanges names with their decoys and back, round and round, mostly as fast as a thread can.
+    """Exchanges names with their decoys and back, round and round, in bursts as fast as a thread can.
 
     pairs: (a path in the spool, its decoy beside the spool). At the end each path is what it was, or is not there.
     swaps: how often one took the place of the other.
@@ -160,6 +164,7 @@ class Swapper:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._fault: BaseException | None = None
+        self._luck = random.Random(len(pairs))
         self.swaps = 0
 
     def __enter__(self) -> Self:
@@ -174,9 +179,13 @@ class Swapper:
 
     def _run(self) -> None:
         try:
+            rests_at = time.monotonic() + self._luck.uniform(*_BURST_S)
             for turn in itertools.count():
                 if self._is_over.is_set():
                     return
+                if time.monotonic() > rests_at:  # else nothing would ever be quiet for long enough to go up
+                    self._is_over.wait(self._luck.uniform(*_REST_S))
+                    rests_at = time.monotonic() + self._luck.uniform(*_BURST_S)
                 for number, (path, decoy) in enumerate(self._pairs):
                     with self._lock:
                         self._swap(path, decoy, stays_s=_STAYS_S[(turn + number) % len(_STAYS_S)])
