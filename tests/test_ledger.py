@@ -130,6 +130,16 @@ def test_a_record_goes_all_the_way(bench: Bench) -> None:
     assert ["record.seen", "batch.settled", "batch.claimed", "batch.stored", "record.cleared"] == bench.events()
 
 
+def test_a_stalled_record_that_goes_on_is_receiving_again_and_says_so(bench: Bench) -> None:
+    """It was stalled twice in a row, by its lines: an app that waits for the second one had heard of no change."""
+    write(bench, CAT)
+
+    for state in ("receiving", "stalled", "receiving", "receiving", "stalled"):
+        see(bench, state=state)
+
+    assert ["record.seen", "record.stalled", "record.seen", "record.stalled"] == bench.events()
+
+
 def test_a_record_that_was_not_complete_for_long_is_stalled_and_says_why(bench: Bench) -> None:
     write(bench, CAT)
     see(bench)

@@ -338,6 +338,19 @@ def test_an_older_put_that_lands_late_is_put_right_also_where_local_files_stay()
         play.end()
 
 
+def test_a_record_that_is_stalled_for_one_daemon_and_new_to_another_takes_a_legal_path() -> None:
+    with Play(Settings(styles=STYLES)) as play:
+        play.start()
+        play.link(RECORD, "cat.jpg")
+        play.sweep(0)
+        play.advance(4000)
+        play.sweep(0)
+        play.sweep(1)
+        play.sweep(0)
+
+        play.end()
+
+
 # That it would find something: faults planted into spoold
 
 

@@ -67,7 +67,7 @@ class Watching(Database):
     def see(self, spool: str, snapshot: Snapshot, waiting: Iterable[SpooledFile], *, state: str, reason: str) -> None:
         """Write down that `waiting` of a record's files are not complete yet, and why.
 
-        state: "receiving" or "stalled". Told once each: looking again at the same thing is no news.
+        state: "receiving" or "stalled". Told once each: looking again at the same thing is no news, that it goes on is.
         """
         files = list(waiting)
         with self.write() as change:
@@ -78,7 +78,7 @@ class Watching(Database):
                 change.execute(insert(sighting), {"record_key": key, **values})
             elif (before.state, before.reason, before.files, before.bytes) != tuple(values.values()):
                 change.execute(update(sighting).where(sighting.c.record_key == key).values(**values))
-            if before is None or before.state == "gone":
+            if before is None or before.state == "gone" or (before.state, state) == ("stalled", "receiving"):
                 self._touched(change, key)
                 change.tell("record.seen", record_key=key, spool=spool, record=snapshot.record, files=len(files))
             if state == "stalled" and (before is None or before.state != "stalled"):
