@@ -629,6 +629,7 @@ class Play:
         self._has_jumped = False
         self._current: dict[str, str] = {}  # record → the name of its attachment now
         self._handles: dict[str, _Handle] = {}
+        self._saving: set[str] = set()  # records: the app does one thing with each at a time
         self._numbers = itertools.count(1)
         self._newest_ctime_ns = 0
         self._history_id = 0
@@ -745,7 +746,7 @@ class Play:
         self, record: str, name: str, styles: tuple[str, ...] = STYLES, how: Any = "rename", meanwhile: Sequence[Doing] = ()
     ) -> None:
         """Write an attachment, in the place of the one that the record has; between its steps these things happen."""
-        if record in self._handles:
+        if self._is_busy(record):
             return
         styles = self.settings.styles or styles
         self._destroy(record, replaced_by=name)
@@ -756,13 +757,13 @@ class Play:
 
     def save_beside(self, record: str, name: str) -> None:
         """Write another attachment beside the one that the record has: an id was used again after a rollback."""
-        if record not in self._handles:
+        if not self._is_busy(record):
             self._save(record, name, {style: self._content(self._path(record, style, name)) for style in STYLES}, "rename", ())
 
     def save_again(self, record: str) -> None:
         """Write what the record has once more: the same bytes."""
         name = self._current.get(record)
-        if name is None or record in self._handles:
+        if name is None or self._is_busy(record):
             return
         its = {style: self.written[self._path(record, style, name)].newest for style in STYLES}
         contents = {style: content for style, content in its.items() if content is not None}
@@ -787,11 +788,14 @@ class Play:
             is_slow = is_slow or self.clock.monotonic() - began >= self.settings.min_age_s
 
         self._current[record] = name
+        self._saving.add(record)
         try:
             self.app.save(attachment, id, name, contents, how=how, between=between)
         except FileNotFoundError:
             if not is_slow:  # one that waits longer than `min_age` between rename and chmod is disturbed (FACTS 3)
                 raise
+        finally:
+            self._saving.discard(record)
         for style in contents:
             self._stamp(self._path(record, style, name))
         self._done_by_app()
@@ -799,12 +803,12 @@ class Play:
     def late_style(self, record: str) -> None:
         """Make one style again, as `reprocess!` does."""
         name = self._current.get(record)
-        if name is not None and record not in self._handles and self.written[self._path(record, "original", name)].newest:
+        if name is not None and not self._is_busy(record) and self.written[self._path(record, "original", name)].newest:
             self._save(record, name, {"thumb": self._content(self._path(record, "thumb", name))}, "rename", ())
 
     def remove(self, record: str) -> None:
         """Remove the local files, those that are there, and prune empty directories."""
-        if record in self._current and record not in self._handles:
+        if record in self._current and not self._is_busy(record):
             self._destroy(record, replaced_by=None)
             self._done_by_app()
 
@@ -865,7 +869,7 @@ class Play:
 
     def link(self, record: str, name: str) -> None:
         """Save an original that is a hard link to a file which the app goes on owning."""
-        if record in self._handles:
+        if self._is_busy(record):
             return
         self._destroy(record, replaced_by=name)
         path = self._path(record, "original", name)
@@ -904,7 +908,7 @@ class Play:
 
     def begin_copy(self, record: str, name: str, style: str) -> None:
         """Begin to copy into a final name, and hold it open."""
-        if record in self._handles or (style != "original" and self._current.get(record) != name):
+        if self._is_busy(record) or (style != "original" and self._current.get(record) != name):
             return
         if style == "original" and self._current.get(record) != name:
             self._destroy(record, replaced_by=name)
@@ -939,10 +943,14 @@ class Play:
         self.written.finish(handle.path, handle.content)
         self._done_by_app()
 
+    def _is_busy(self, record: str) -> bool:
+        """Say whether the app is at this record."""
+        return record in self._handles or record in self._saving
+
     def _writable(self, record: str, style: str) -> tuple[str, Path] | None:
         """Return the file of the attachment that the record has now, if it is there."""
         name = self._current.get(record)
-        if name is None or record in self._handles:
+        if name is None or self._is_busy(record):
             return None
         path = self._path(record, style, name)
         return (path, self.root / path) if (self.root / path).exists() else None
