@@ -132,6 +132,18 @@ class _Work(threading.Condition):
         raise _Idle
 
 
+class _Stop(threading.Event):
+    """A drain that nobody asks for; who waits for it lets time pass."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._clock.advance(timeout or 0.0)
+        return self.is_set()
+
+
 class _Once:
     """An event that is set when it is asked for the second time: a loop that waits for it runs once."""
 
@@ -157,6 +169,7 @@ class Turned(daemon.Daemon):
     ) -> None:
         super().__init__(settings, clock=clock, once=True)  # it does not observe: the life tells what the app has touched
         self._work = _Work()
+        self._stop = _Stop(clock)
         self._live = live
         self._needs_tending = needs_tending
         self._renewed_at = 0.0
@@ -309,7 +322,6 @@ class Life:
         """Live to the end of the script, through as many daemons as it takes."""
         patches = [
             mock.patch.object(daemon, "ThreadPoolExecutor", AtOnce),
-            mock.patch.object(daemon, "_IDLE_S", 0.0),
             mock.patch.object(uploader, "_PART_BYTES", PART_BYTES),
             mock.patch.object(uploader, "_PERSISTENCE_S", self._tries_s),
             mock.patch.object(daemon, "Store", self._make_store),

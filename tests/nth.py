@@ -92,7 +92,7 @@ class Fail(Nothing):
         self._error = error
         self._moment = moment
         self._only = only
-        self._lasts = lasts
+        self.lasts = lasts
         self._met = 0
         self.hit: Op | None = None
 
@@ -106,7 +106,7 @@ class Fail(Nothing):
         if op.layer != self._layer or moment != self._moment or not self._only(op):
             return
         if self.hit is not None:
-            if self._lasts():
+            if self.lasts():
                 raise self._error(op)
             return
         self._met += 1

@@ -178,6 +178,49 @@ def test_every_operation_may_fail_once(world: World, part: str, layer: Layer, ki
     assert faults > 100
 
 
+def survived_outage(world: World, part: str, plan: Fail, *, seconds: float) -> bool:
+    """Let a life pass in which everything fails from the plan's fault on, for so long; say whether it did."""
+    life = world.life(part, plan)
+    over_at: list[float] = []
+
+    def lasts() -> bool:
+        over_at[:] = over_at or [life.clock.now() + seconds]
+        return life.clock.now() < over_at[0]
+
+    plan.lasts = lasts
+    lived(life)
+    return plan.hit is not None
+
+
+OUTAGES: list[tuple[Layer, str]] = [
+    ("os", "EIO"), ("os", "ENOSPC"), ("ledger", "disk I/O error"), ("ledger", "database or disk is full"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "kind"), OUTAGES)
+def test_an_outage_does_no_harm(world: World, layer: Layer, kind: str) -> None:
+    make, _ = FAULTS[layer]
+
+    hits = [
+        survived_outage(world, "replaced", make(number, kind), seconds=20.0)
+        for number in sample(places(world, "replaced", layer), 3)
+    ]
+
+    record("nth-operation", layer=layer, part="outage", kinds=1, faults=sum(hits), lost=0)
+
+
+@pytest.mark.soak
+@WHOLE
+@pytest.mark.parametrize(("layer", "kind"), OUTAGES)
+@pytest.mark.parametrize("part", PARTS)
+def test_an_outage_may_begin_at_every_operation(world: World, part: str, layer: Layer, kind: str) -> None:
+    make, _ = FAULTS[layer]
+
+    hits = [survived_outage(world, part, make(number, kind), seconds=20.0) for number in places(world, part, layer)]
+
+    record("nth-operation", layer=layer, part=f"outage of {part}", kinds=1, faults=sum(hits), lost=0)
+
+
 # A fault that meets what a killed process has left
 
 
