@@ -119,16 +119,22 @@ class Disk:
         with self._serving() if remembers else _nothing():
             run("losetup", self._device, str(self._served if remembers else self._now))
             try:
-                options = self._filesystem.options
-                run("mount", "-t", self._filesystem.kind, "-o", options, self._device, str(point))
-                try:
-                    yield point
-                finally:
-                    _unmount(point)
+                run("mount", "-t", self._filesystem.kind, "-o", self._filesystem.options, self._device, str(point))
             finally:
-                run("losetup", "-d", self._device)
+                run("losetup", "-d", self._device)  # as soon as nobody has it mounted any more, however that comes
+            try:
+                yield point
+            finally:
+                _unmount(point)
+                self._await_free()
         if remembers:
             self._history = list(_history(self._log))
+
+    def _await_free(self) -> None:
+        deadline = time.monotonic() + 10
+        while Path(f"/sys/block/loop{self._number}/loop/backing_file").exists():
+            assert time.monotonic() < deadline, f"{self._device} is in use: who has a file open there?"
+            time.sleep(0.01)
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
