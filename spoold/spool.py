@@ -385,7 +385,7 @@ class Spool:
             if _place_of(fd) != _place_of(parent):
                 raise _planted(path, _MOUNTED)
             status = os.fstat(fd)
-            if status.st_uid not in (os.geteuid(), self._uid_of_what_we_make(fd)):
+            if status.st_uid != os.geteuid() and status.st_uid != self._uid_of_what_we_make(fd):
                 raise _planted(path, f"it belongs to user {status.st_uid}, and the daemon runs as user {os.geteuid()}")
             if stat.S_IMODE(status.st_mode) & 0o077:
                 with contextlib.suppress(OSError):  # there are filesystems without modes

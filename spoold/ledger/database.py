@@ -15,7 +15,7 @@ from urllib.parse import quote
 import sqlalchemy
 import structlog
 from sqlalchemy import Connection, insert, select, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 from spoold.clock import Clock, iso
 from spoold.errors import LedgerUnavailable
@@ -41,6 +41,7 @@ REBUILT_AT = "rebuilt at"
 """The name in `about` of the moment when a lost ledger was begun anew, seconds since the epoch."""
 
 _STEADY_S = 5.0
+_CONNECT_ARGS: dict[str, Any] = {"timeout": 10.0, "check_same_thread": False}
 
 _UNTOLD = {"file.set_aside", "file.deleted", "batch.resumed"}  # not worth a row in the history
 
@@ -96,7 +97,10 @@ class Database:
         self.is_lost = False
         if self._file and not create and not self._file.exists():
             raise self._missing()
-        self._engine = sqlalchemy.create_engine(self._url, creator=self._connect if self._file else None)
+        opened = self._url
+        if self._file:  # without `mode=rw`, SQLite would make an empty file where it was removed
+            opened = URL.create("sqlite", database=f"file:{quote(str(self._file.path))}", query={"mode": "rw", "uri": "true"})
+        self._engine = sqlalchemy.create_engine(opened, connect_args=_CONNECT_ARGS if self._file else {})
         sqlalchemy.event.listen(self._engine, "connect", _configure)
         sqlalchemy.event.listen(self._engine, "begin", _begin)
         try:
@@ -198,9 +202,11 @@ class Database:
     # The file
 
     def _connect(self) -> sqlite3.Connection:
-        """Open the file that is there: without `mode=rw`, SQLite would make an empty one where it was removed."""
         assert self._file is not None, "only a file is opened"
-        return sqlite3.connect(f"file:{quote(str(self._file.path))}?mode=rw", uri=True, timeout=10.0, check_same_thread=False)
+        connection: sqlite3.Connection = sqlite3.connect(
+            f"file:{quote(str(self._file.path))}?mode=rw", uri=True, **_CONNECT_ARGS
+        )
+        return connection
 
     def _open(self) -> None:
         lost_id = self._file.known_id if self._file else None
