@@ -835,7 +835,7 @@ def test_without_cleanup_it_is_a_copy_and_nothing_is_touched(
 
 
 def test_keep_for_keeps_local_files_for_a_while_after_their_upload(rclone_server: RcloneServer, tmp_path: Path) -> None:
-    site = Site(tmp_path, rclone_server, spool={**THUMB, "cleanup": {"keep_for": "2s"}})
+    site = Site(tmp_path, rclone_server, spool={**THUMB, "cleanup": {"keep_for": "5s"}})
     written = at(RECORD, "me.jpg", both(1))
 
     with site.daemon(constants=BRISK) as daemon:

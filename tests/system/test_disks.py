@@ -202,6 +202,7 @@ def test_on_a_full_disk_the_ledger_goes_on_with_its_reserve(
     site.demand_laws(written)
 
 
+@pytest.mark.timeout(300)
 def test_when_the_reserve_is_used_up_nothing_is_let_go_until_there_is_room(
     tmp_path: Path, rclone_server: RcloneServer, mount: Callable[[Path, str], Path]
 ) -> None:
@@ -216,6 +217,11 @@ def test_when_the_reserve_is_used_up_nothing_is_let_go_until_there_is_room(
         while not daemon.events("ledger.unavailable"):
             number += 1
             written |= save(site, number)
+            row = f"avatars/{number}"
+            until(
+                lambda row=row: site.status(row).get("state") in ("uploaded", "done") or daemon.events("ledger.unavailable"),
+                "it goes up, or the reserve is used up",
+            )
         until(lambda: "daemon says" in site.spoold("status").stdout, "status tells of it")
         said, on_disk, aside = site.spoold("status").stdout, site.files(), site.aside()
         site.demand_nothing_lost(written)
