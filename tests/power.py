@@ -322,7 +322,7 @@ def _write(recording: Recording, app: App, chance: random.Random, stop: threadin
     """Save and replace, in the ways that Paperclip has, without a sync, as Paperclip.
 
     A copy makes a file of its own, as there: what is truncated and written again in place came back from one cut of btrfs with
-    the new bytes and the old size, one of 20,000 files, and nothing can tell that from a finished one.
+    the new bytes and the old size, one of some 30,000 files, and nothing can tell that from a finished one.
     """
     number = 0
     while not stop.wait(chance.uniform(0.0, 0.15)):
