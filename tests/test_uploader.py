@@ -30,7 +30,7 @@ from spoold.errors import (
 from spoold.model import Answer, Batch, Headers, Put, PutResult
 from spoold.uploader import Bandwidth, Budget
 from tests.paperclip import picture
-from tests.parts import BUCKET, RECORD, Bench, ManualClock, in_a_world, until, without
+from tests.parts import BUCKET, RECORD, Bench, ManualClock, RealClock, in_a_world, until, without
 from tests.proxy import HTML, Delay, Fault, FaultProxy, LoseAnswer, Reset, error_body
 from tests.proxy import Answer as Reply
 from tests.servers import RcloneServer
@@ -441,6 +441,7 @@ def test_a_daemon_that_drains_ends_what_is_in_flight(real: Bench, proxy: FaultPr
 
 def test_a_daemon_that_drains_does_not_wait_for_the_next_try(real: Bench, proxy: FaultProxy) -> None:
     proxy.on("PUT", "", Reply(503, error_body("SlowDown"), {"Retry-After": "60"}))
+    real.clock = RealClock()
     puts = prepared(real, {"thumb/cat.jpg": b"cat"})
     uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
     proxy.await_ended("PUT", "")
