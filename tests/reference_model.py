@@ -402,6 +402,10 @@ class PlayClock:
     def monotonic(self) -> float:
         return self._monotonic_s
 
+    def uptime(self) -> float:
+        """The machine was up for a day when the play began: no file is from before."""
+        return 86_400.0 + self.now() - self._began
+
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         if not event.is_set():
             self._pass(timeout_s)

@@ -356,7 +356,7 @@ def test_a_record_that_is_stalled_for_one_daemon_and_new_to_another_takes_a_lega
 
 def skips_the_last_look(patch: pytest.MonkeyPatch, play: Play) -> None:
     """Cleanup believes that what it set aside is what was stored."""
-    patch.setattr(AsideDirectory, "differs", lambda self, file: None)
+    patch.setattr(AsideDirectory, "differs", lambda self, file, trusts: None)
     upload(play)
     play.advance(6)
     play.work(0, [At("rename", 0, ("rewrite", RECORD, "original", True))])
@@ -422,7 +422,7 @@ def sends_what_it_reads_later(patch: pytest.MonkeyPatch, play: Play) -> None:
 
 def takes_what_is_being_written(patch: pytest.MonkeyPatch, play: Play) -> None:
     """Nobody asks whether a file is open for writing."""
-    patch.setattr(spoold.looker, "with_veto", lambda spool, images, snapshot, verdict, as_is: verdict)
+    patch.setattr(spoold.looker, "with_veto", lambda spool, images, files, verdict, **_: verdict)
     play.begin_copy(RECORD, "note.txt", "original")
     play.settle()
     play.work()
@@ -474,7 +474,7 @@ def overwrites_when_it_gives_back(patch: pytest.MonkeyPatch, play: Play) -> None
     play.work()
     play.kill()
     play.save(RECORD, "cat.jpg")
-    patch.setattr(AsideDirectory, "differs", lambda self, file: "it is not what was stored")
+    patch.setattr(AsideDirectory, "differs", lambda self, file, trusts: "it is not what was stored")
     play.start()
 
 
