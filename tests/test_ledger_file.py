@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from spoold.clock import SystemClock
 from spoold.errors import LedgerUnavailable
 from spoold.ledger import Ledger
 from spoold.ledger.file import LedgerFile, keep_reserve
+from tests.nth import Fail, Hand, refuses
 from tests.parts import RECORD, Bench, captured, told
 
 
@@ -137,6 +139,22 @@ def test_a_file_that_was_removed_since_the_last_change_is_not_certain(bench: Ben
 
     with pytest.raises(LedgerUnavailable, match="removed or replaced"):
         bench.ledger.demand_certain()
+
+
+def test_a_disk_that_does_not_answer_is_no_reason_to_replace_the_file(bench: Bench) -> None:
+    """It may be there and sound: a second one beside it would be written to by one daemon of two."""
+    offered(bench)
+    before = bench.ledger_file.stat().st_ino
+
+    for number in (1, 2, 3, 4):
+        hand = Hand(Fail("os", number, refuses(errno.EIO), only=lambda op: op.name == "stat"))
+        with captured() as lines, hand, pytest.raises(LedgerUnavailable):
+            bench.ledger.hold("uploads", LedgerUnavailable("only to write something"))
+        assert [] == told(lines, "ledger.restored")
+
+    bench.ledger.hold("uploads", LedgerUnavailable("only to write something"))
+    assert before == bench.ledger_file.stat().st_ino
+    assert [] == list(bench.directory.glob("ledger.db.found-*"))
 
 
 # Damage

@@ -182,7 +182,8 @@ class Claiming(Watching):
         if state == State.SUPERSEDED:
             values = {name: values[name] for name in ("due_at", "waiting_for") if name in values}
             aside = select(batch_file.c.id).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.aside_name.is_not(None))
-            if change.execute(aside.limit(1)).first() is None:
+            waits_for_dirs = values.get("waiting_for") == "dirs"  # of what it set aside; nobody else may know of them
+            if not waits_for_dirs and change.execute(aside.limit(1)).first() is None:
                 values["due_at"] = None
         change.execute(update(batch).where(batch.c.id == mine.batch.id).values(crashes=0, **values))
 

@@ -260,7 +260,9 @@ class Database:
         log.error(event[0], **event[1])
 
     def _demand_same_file(self) -> None:
-        if self._file is not None and self._kept and not self._file.is_same():
+        with self._translated():
+            is_same = self._file is None or not self._kept or self._file.is_same()
+        if self._file is not None and not is_same:
             what = "it was damaged" if self.is_lost else "the file was removed or replaced under the daemon"
             raise LedgerUnavailable(f"use ledger {self._file.path}: {what}", hint="it is mended by itself")
 

@@ -39,14 +39,14 @@ class LedgerFile:
         self._open = self._inodes()
 
     def is_same(self) -> bool:
-        """Say whether what was opened still lies there, the write-ahead log too."""
+        """Say whether what was opened still lies there, the write-ahead log too. Raises OSError if that cannot be told."""
         return self._inodes() == self._open
 
     def _inodes(self) -> tuple[int, ...] | None:
         try:
             return tuple(os.stat(f"{self.path}{suffix}").st_ino for suffix in ("", "-wal"))
-        except OSError:
-            return None
+        except FileNotFoundError:
+            return None  # of a disk that fails nobody knows whether the file is gone
 
     # Which ledger lay here
 
