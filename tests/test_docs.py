@@ -11,6 +11,7 @@ from click import Command
 
 from spoold import config
 from spoold.cli import cli
+from tests.figures import filled, newest, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -53,6 +54,23 @@ def test_every_path_of_the_paperclip_page_is_accepted(root: str, path: str, rest
     settings = config.parse(yaml.safe_dump({"spools": [spool]}))
 
     assert settings.spools[0].layout().tail in (1, 2)
+
+
+def test_the_tables_of_the_reliability_page_are_what_was_measured() -> None:
+    """Mended by: python -m tests.figures"""
+    page = (ROOT / "docs/reliability.md").read_text()
+    lines = newest((ROOT / "docs/figures.jsonl").read_text())
+
+    assert filled(page, lines) == page
+    assert {line["what"] for line in lines} == set(re.findall(r"<!-- figures: ([a-z-]+) -->", page))
+    assert all(line.get(name, 0) == 0 for line in lines if line.get("tool", "spoold") == "spoold" for name in ("lost", "half"))
+
+
+def test_a_later_figure_of_the_same_run_takes_the_place_of_the_earlier() -> None:
+    lines = newest('{"what": "race", "tool": "a", "lost": 3}\n{"what": "race", "tool": "b", "lost": 4}\n'
+                   '{"what": "race", "tool": "a", "lost": 12345}\n')  # fmt: skip
+
+    assert "| tool | lost |\n| --- | ---: |\n| a | 12,345 |\n| b | 4 |" == table(lines, "race")
 
 
 def test_every_command_teaches() -> None:
