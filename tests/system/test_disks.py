@@ -104,7 +104,7 @@ def test_a_ledger_taken_away_under_the_daemon_is_put_back(site: Site, harm: Call
 
         daemon.until_event("ledger.restored")
         assert {"avatars/1", "avatars/2", "avatars/3"} == known
-        site.demand_laws(written)
+    site.demand_laws(written)
 
 
 def overwrite(site: Site) -> None:

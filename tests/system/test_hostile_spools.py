@@ -384,6 +384,7 @@ def test_rule_12_what_is_mounted_there_of_the_same_filesystem_is_reported_once_a
 
 
 @needs_mounts
+@pytest.mark.soak
 def test_rule_12_mounts_that_come_and_go_while_we_walk_are_not_read_and_what_they_hide_is_not_lost(
     rclone_server: RcloneServer, tmp_path: Path, outside: Path
 ) -> None:
@@ -448,7 +449,7 @@ def test_every_legal_name_arrives_with_its_own_bytes_and_none_is_in_the_way(moto
 
         assert {"its name is no UTF-8"} == set(ignored(daemon).values())
         assert {"\\udcff", "avatars/\\udce9t\\udce9", "avatars/42/\\udcc3"} <= set(ignored(daemon))
-        log = daemon._log_file.read_text()
+        log = daemon.log_file.read_text()
     assert written == site.objects()
     assert {FOREIGN} == {Path(os.fsdecode(os.path.join(root, path))).read_bytes() for path in odd}
     for character in "\x1b\x07\x7f\x85\x9b\u2028\u202e\r":

@@ -244,6 +244,7 @@ def test_whatever_happens_nothing_is_lost_stale_half_left_or_foreign(tmp_path: P
     soak(tmp_path, rclone_server, seconds=60 * MINUTES, seed=SEED, apps=3, files=8, keeps_figures=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)  # where many tests share few processors
 def test_whatever_happens_within_seconds_nothing_is_lost_stale_half_left_or_foreign(
     tmp_path: Path, rclone_server: RcloneServer
