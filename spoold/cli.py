@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -298,6 +299,7 @@ def main() -> None:
         traceback.print_exc()
         click.echo("spoold: this is a bug of spoold's; please report it with what stands above", err=True)
         code = EX_SOFTWARE
+    gc.freeze()  # else the interpreter looks for garbage in all that was imported, on its way out: 0.3 s, 2026-11
     sys.exit(code or EX_OK)
 
 

@@ -59,6 +59,7 @@ class Daemon:
         self._stop = threading.Event()
         self._work = threading.Condition()
         self._busy = 0
+        self._has_lookout = False
         self._is_told_to_stop = False
         self._crash: BaseException | None = None
         self._low_reserve: LedgerUnavailable | None = None
@@ -130,7 +131,7 @@ class Daemon:
         rules = completeness.Rules(spool.complete.styles_for, spool.complete.settle, spool.complete.marker)
         looker = Looker(
             spool=self._spools[spool.name], ledger=self._ledger, rules=rules, images=spool.complete.images,
-            within_s=spool.complete.within, ages=self._ages, on_offer=self._wake,
+            within_s=spool.complete.within, ages=self._ages, on_offer=self._wake_another,
         )  # fmt: skip
         return Watcher(
             spool=self._spools[spool.name], looker=looker, ledger=self._ledger, clock=self._clock,
@@ -271,6 +272,10 @@ class Daemon:
         with self._work:
             self._work.notify_all()
 
+    def _wake_another(self) -> None:
+        with self._work:
+            self._work.notify()
+
     def _work_on(self, uploads_first: bool) -> None:
         """One worker: claim, walk, again. One of them clears first, so that a backlog does not keep the disk full."""
         unfinished: list[Claim] = []  # walks that could not tell the ledger how they ended
@@ -286,6 +291,7 @@ class Daemon:
                     with self._owner.at_work() as may_claim:
                         claim = self._claim(uploads_first) if may_claim else None
                         if claim is not None:
+                            self._wake_another()  # there may be more, and somebody must look out while we walk
                             self._pipeline.walk(claim)
                 finally:
                     with self._work:
@@ -296,9 +302,19 @@ class Daemon:
                 self._stop.wait(_IDLE_S)
                 continue
             if claim is None:
-                with self._work:
-                    if not self._stop.is_set():
-                        self._work.wait(0.1 if self._once else _IDLE_S)
+                self._wait_for_work()
+
+    def _wait_for_work(self) -> None:
+        """Sleep until woken. One of those who sleep looks out for what is due by and by: all of them would be a load."""
+        with self._work:
+            if self._stop.is_set():
+                return
+            if self._has_lookout:
+                self._work.wait()
+                return
+            self._has_lookout = True
+            self._work.wait(0.1 if self._once else _IDLE_S)
+            self._has_lookout = False
 
     def _claim(self, uploads_first: bool) -> Claim | None:
         crashes = self._settings.upload.retry.crashes

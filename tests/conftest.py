@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import figures
+from tests import figures, nursery
 from tests.paperclip import App
 from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer, StrictServer
 
@@ -27,6 +27,7 @@ def no_process_is_left() -> Iterator[None]:
 
     yield
 
+    nursery.close()
     left = {pid: line for pid in _children(os.getpid()) if (line := _command_line(pid))}
     for pid in left:
         os.kill(pid, signal.SIGKILL)

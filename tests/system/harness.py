@@ -10,14 +10,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
+from tests.nursery import Born, nursery
 from tests.servers import MotoServer, RcloneServer
 
 DEADLINE_S = 40.0
@@ -146,10 +149,15 @@ class Site:
 
     def spoold(self, *arguments: str, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "spoold", "-c", str(self.config), *arguments],
-            env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False,
-        )  # fmt: skip
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            process = started(self, arguments, stdout=stdout, stderr=stderr)
+            try:
+                code = process.wait(timeout_s)
+            finally:
+                process.kill()
+                process.wait()
+            texts = [os.pread(file.fileno(), 1 << 24, 0).decode() for file in (stdout, stderr)]
+        return subprocess.CompletedProcess(arguments, code, *texts)
 
     # What is true
 
@@ -245,13 +253,32 @@ class Site:
         self.demand_nothing_left()
 
 
-def _with_constants(constants: Mapping[str, object]) -> str:
-    """Return a program that sets these numbers and then is spoold."""
+def _set_constants(constants: Mapping[str, object]) -> str:
+    """Return a program that sets these numbers."""
     lines = []
     for name, value in constants.items():
         module, _, constant = name.rpartition(".")
         lines.append(f"import {module}; assert hasattr({module}, {constant!r}); {name} = {value!r}")
-    return "\n".join([*lines, "from spoold.cli import main", "main()"])
+    return "\n".join(lines)
+
+
+def started(
+    site: Site, arguments: Sequence[str], *, stdout: IO[bytes], stderr: IO[bytes], before: str = "", within: Sequence[str] = (),
+) -> Born | subprocess.Popen[bytes]:  # fmt: skip
+    """Start spoold. before: a program that is run first. within: as `Site.daemon`.
+
+    What must begin with an `exec` does: within another command, with another Python path, or by a thread that may be in a world
+    of its own (`tests.parts.in_a_world`).
+    """
+    arguments = ["-c", str(site.config), *arguments]
+    is_plain = not within and site.environment.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
+    if is_plain and threading.current_thread() is threading.main_thread():
+        return nursery().bear(arguments, env=site.environment, stdout=stdout, stderr=stderr, before=before)
+    program = f"{before}\nfrom spoold.cli import main\nmain()"
+    return subprocess.Popen(
+        [*within, sys.executable, "-c", program, *arguments],
+        env=site.environment, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 class Daemon:
@@ -261,12 +288,8 @@ class Daemon:
         self, site: Site, log_file: Path, constants: Mapping[str, object] = MappingProxyType({}), within: Sequence[str] = ()
     ) -> None:
         self.log_file = log_file
-        program = ["-c", _with_constants(constants)] if constants else ["-m", "spoold"]
         with open(log_file, "wb") as log:
-            self.process = subprocess.Popen(
-                [*within, sys.executable, *program, "-c", str(site.config), "run"],
-                env=site.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+            self.process = started(site, ["run"], stdout=log, stderr=log, before=_set_constants(constants), within=within)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far; a line that is no JSON fails the test."""

@@ -58,6 +58,28 @@ def stored(site: Site) -> dict[str, bytes]:
     return found
 
 
+# What takes long
+
+
+def test_a_record_whose_put_takes_for_ever_keeps_no_other_from_its_whole_way(site: Site, proxy: FaultProxy) -> None:
+    """Whoever walks has woken another first, who takes what comes, and what becomes due by and by."""
+    gate = threading.Event()
+    proxy.on("PUT", KEY, Hold(gate), times=1)
+    app = App(site.root)
+
+    with site.daemon():
+        app.save("avatars", 1, "me.jpg", {"original": photo(1)})
+        site.until_state("avatars/1", "uploading")
+        app.save("avatars", 2, "me.jpg", {"original": photo(2)})
+        site.until_state("avatars/2", "done")
+        still = site.status("avatars/1")["state"]
+        gate.set()
+        site.until_state("avatars/1", "done")
+
+    assert "uploading" == still
+    site.demand_laws({KEY: photo(1), "avatars/2/original/me.jpg": photo(2)})
+
+
 # Destination faults: the spool is held
 
 
