@@ -275,12 +275,10 @@ def test_what_is_known_of_a_record_is_what_its_current_batch_answers_for(bench: 
     assert (State.PENDING, False) == (known.state, known.has_original)
 
 
-def test_what_lies_aside_or_is_gone_is_not_known_any_more(bench: Bench) -> None:
+def test_what_is_gone_is_not_known_any_more(bench: Bench) -> None:
     """If it appears at its place again, it is somebody's new file."""
     claim = bench.batch_stored(CAT)
-    original, thumb = claim.batch.files
-    bench.ledger.set_aside(claim, [dataclasses.replace(original, aside_name="1.1.x")])
-    bench.ledger.let_go(claim, [thumb], deleted=False)
+    bench.ledger.let_go(claim, claim.batch.files, deleted=False)
 
     known = bench.ledger.known(NAME, RECORD)
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,31 @@ def test_a_file_that_is_written_again_makes_a_new_batch(bench: Bench) -> None:
     settled(bench, looker)
 
     assert [("superseded", set(CAT)), ("pending", set(CAT))] == batches(bench)
+
+
+def test_a_file_that_is_about_to_be_set_aside_is_not_taken_for_a_new_one(bench: Bench) -> None:
+    """Between the ledger's word and the rename, or where that is refused; the record was `receiving` again for a moment."""
+    looker = bench.looker()
+    claim = bench.batch_stored(dict.fromkeys(CAT, JPEG))
+    bench.ledger.set_aside(claim, [replace(file, aside_name=f"1.{file.id}.x") for file in claim.batch.files])
+
+    again = looker.look(RECORD)
+
+    assert (Next(), "uploaded") == (again, bench.status()["state"])
+    assert [("stored", set(CAT))] == batches(bench)
+
+
+def test_what_takes_the_place_of_a_file_that_lies_aside_is_new(bench: Bench) -> None:
+    looker = bench.looker()
+    claim = bench.batch_stored({"original/cat.jpg": JPEG})
+    bench.ledger.set_aside(claim, [replace(file, aside_name=f"1.{file.id}.x") for file in claim.batch.files])
+    path = bench.spool.root / RECORD / "original/cat.jpg"
+    path.rename(path.with_name("elsewhere"))
+    path.with_name("elsewhere").rename(path)  # the very same file, back again
+
+    settled(bench, looker)
+
+    assert "queued" == bench.status()["state"]
 
 
 def test_a_style_made_again_later_goes_up_alone(bench: Bench) -> None:

@@ -51,7 +51,8 @@ class Watching(Database):
                 rows = connection.execute(
                     select(batch_file).where(batch_file.c.batch_id == current.id, batch_file.c.is_gone.is_(False))
                 )
-                files = {row.path: identity_of(row) for row in rows if row.aside_name is None}
+                # Also what lies aside: until it is renamed it lies in its place, and then never again with this ctime.
+                files = {row.path: identity_of(row) for row in rows}
             originals = select(object_.c.id).where(object_.c.record_key == key, object_.c.style == ORIGINAL).limit(1)
             seen = connection.execute(select(sighting).where(sighting.c.record_key == key)).first()
             return Known(
