@@ -799,6 +799,29 @@ def test_a_newer_version_that_comes_before_the_older_is_let_go_stays(bench: Benc
     assert (Outcome.STALE, "queued", b"a newer cat") == (outcome, bench.state(), bench.read(ORIGINAL))
 
 
+def test_a_directory_that_comes_back_as_it_was_after_its_batch_was_done_is_let_go(bench: Bench, proxy: FaultProxy) -> None:
+    """It was away when its files were to be let go: renamed, hidden by a mount, swapped. They come back the very same."""
+    pipeline = bench.pipeline()
+    bench.ledger.put_back(offered(bench))
+    place, elsewhere = bench.spool.root / RECORD, bench.spool.root.parent / "elsewhere"
+    bench.interruptions = [lambda: None, lambda: None, lambda: place.rename(elsewhere)]
+    walk_on(bench, pipeline)
+    while_away = bench.state()
+    elsewhere.rename(place)
+    puts = len(proxy.requests("PUT"))
+
+    looker = bench.looker()
+    looker.look(RECORD)
+    bench.clock.advance(5)
+    looker.look(RECORD)
+    walk_on(bench, pipeline)
+
+    assert ("done", "done") == (while_away, bench.state())
+    assert ([], []) == (bench.files(), bench.aside())
+    assert puts == len(proxy.requests("PUT")), "what is proven is not put again"
+    assert 1 == bench.status()["version"]
+
+
 def test_an_older_version_that_lies_aside_is_let_go_beside_the_newer_one(bench: Bench, rclone_server: RcloneServer) -> None:
     """The older batch is superseded, and still walked until nothing of it lies aside."""
     pipeline = bench.pipeline(cleaner=bench.cleaner(grace_s=10.0))

@@ -96,6 +96,11 @@ class Watching(Database):
         size_bytes = sum(file.identity.size for file in files)
         return {"files": len(files) - len(replaced), "bytes": size_bytes - sum(replaced)}
 
+    def _has_gone(self, change: Transaction, batch_id: int) -> bool:
+        """Say whether files of a batch are no business of it any more; its marker does not count."""
+        gone = and_(batch_file.c.batch_id == batch_id, batch_file.c.is_gone, batch_file.c.is_marker.is_(False))
+        return change.execute(select(batch_file.c.id).where(gone).limit(1)).first() is not None
+
     def offer(
         self, spool: str, snapshot: Snapshot, files: Iterable[SpooledFile], *, decided_by: str, is_all: bool
     ) -> int | None:
@@ -111,7 +116,8 @@ class Watching(Database):
             current = change.execute(_current(key)).first()
             if is_all:
                 change.execute(delete(sighting).where(sighting.c.record_key == key))
-            if current is not None and current.fingerprint == mark:
+            # Files that were away when they were to be let go may come back as they were, and nobody answers for them.
+            if current is not None and current.fingerprint == mark and not self._has_gone(change, current.id):
                 return None
             size_bytes = sum(file.identity.size for file in files)
             row = {

@@ -144,6 +144,11 @@ class Site:
             if ready:
                 daemon.until_event("daemon.ready")
             yield daemon
+        except AssertionError as error:
+            error.add_note(f"{daemon.log_file} ends with\n{daemon.log_file.read_text(errors='replace')[-6000:]}")
+            error.add_note(f"{sorted(self.files())} lie there, {[path.name for path in self.aside()]} aside; the ledger says")
+            error.add_note("\n".join(map(str, self.query("SELECT * FROM record_status WHERE state <> 'done' LIMIT 20"))))
+            raise
         finally:
             daemon.end()
 
