@@ -51,16 +51,35 @@ def table(lines: list[Line], what: str) -> str:
     return "\n".join(head + [f"| {' | '.join(_shown(row.get(name, '')) for name in names)} |" for row in rows])
 
 
+def totals(lines: list[Line], what: str, by: list[str]) -> list[Line]:
+    """Return the lines of one kind added up: one for each combination of what the columns `by` hold."""
+    sums: dict[tuple[str, ...], Line] = {}
+    for line in lines:
+        if line["what"] == what:
+            key = tuple(str(line[name]) for name in by)
+            total = sums.setdefault(key, {"what": what, **dict(zip(by, key, strict=True))})
+            for name, value in line.items():
+                if not isinstance(value, str):
+                    before = total.get(name, 0)
+                    assert not isinstance(before, str), f"{name} is a number here and text there"
+                    total[name] = before + value
+    return list(sums.values())
+
+
 def filled(document: str, lines: list[Line]) -> str:
-    """Return the document with each `<!-- figures: KIND -->` followed by its table."""
+    """Return the document with each `<!-- figures: KIND -->` followed by its table, and `KIND by COLUMN, …` by its totals."""
 
     def with_table(match: re.Match[str]) -> str:
-        return f"<!-- figures: {match[1]} -->\n\n{table(lines, match[1])}\n\n<!-- end -->"
+        what, by = match[1], match[2]
+        chosen = totals(lines, what, re.split(r",\s*", by)) if by else lines
+        return f"<!-- figures: {what}{f' by {by}' if by else ''} -->\n\n{table(chosen, what)}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- figures: ([a-z-]+) -->.*?<!-- end -->", with_table, document, flags=re.DOTALL)
+    return re.sub(r"<!-- figures: ([a-z-]+)(?: by ([a-z_, ]+?))? -->.*?<!-- end -->", with_table, document, flags=re.DOTALL)
 
 
 def _shown(value: str | int | float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return value if isinstance(value, str) else f"{value:,}"
 
 

@@ -703,7 +703,7 @@ def test_two_spools_that_could_write_the_same_keys_are_warned_of():
         ("a: b\n---\nc: d\n", "2:1: file: is no YAML: expected a single document in the stream, but found another "),
         ("log: \x00\n", "1:6: file: has the character U+0000, which YAML does not allow; remove it"),
         ('log: "\\UFFFFFFFF"\n', "1:9: file: is no YAML: "),
-        ("[" * 2500, "1:1: file: is nested too deeply; write it with less nesting"),
+        ("[" * 4000, "1:1: file: is nested too deeply; write it with less nesting"),
         (
             f"{SPOOL}log: {{level: info}}\nlog: {{}}\n",
             "6:1: log: stands here a second time; keep one; the other is in line 5",

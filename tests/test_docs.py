@@ -11,7 +11,7 @@ from click import Command
 
 from spoold import config
 from spoold.cli import cli
-from tests.figures import filled, newest, table
+from tests.figures import Line, filled, newest, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -62,7 +62,7 @@ def test_the_tables_of_the_reliability_page_are_what_was_measured() -> None:
     lines = newest((ROOT / "docs/figures.jsonl").read_text())
 
     assert filled(page, lines) == page
-    assert {line["what"] for line in lines} == set(re.findall(r"<!-- figures: ([a-z-]+) -->", page))
+    assert {line["what"] for line in lines} == set(re.findall(r"<!-- figures: ([a-z-]+)[ a-z_,]* -->", page))
     assert all(line.get(name, 0) == 0 for line in lines if line.get("tool", "spoold") == "spoold" for name in ("lost", "half"))
 
 
@@ -71,6 +71,20 @@ def test_a_later_figure_of_the_same_run_takes_the_place_of_the_earlier() -> None
                    '{"what": "race", "tool": "a", "lost": 12345}\n')  # fmt: skip
 
     assert "| tool | lost |\n| --- | ---: |\n| a | 12,345 |\n| b | 4 |" == table(lines, "race")
+
+
+def test_figures_can_be_added_up() -> None:
+    lines: list[Line] = [
+        {"what": "kill", "how": "single", "part": "a", "kills": 3},
+        {"what": "kill", "how": "single", "part": "b", "kills": 4},
+        {"what": "kill", "how": "pair", "part": "a", "kills": 5},
+        {"what": "other", "how": "single", "kills": 9},
+    ]
+
+    page = filled("<!-- figures: kill by how -->old<!-- end -->", lines)
+
+    assert "| how | kills |\n| --- | ---: |\n| single | 7 |\n| pair | 5 |" in page
+    assert page == filled(page, lines)
 
 
 def test_every_command_teaches() -> None:

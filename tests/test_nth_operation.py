@@ -95,6 +95,11 @@ def lived(life: Life) -> Life:
     return life
 
 
+def told(run: str, layer: str, part: str, kind: str, faults: int) -> None:
+    """Keep how many faults were survived: what was lost has failed the test before. run: "sample" or "whole"."""
+    record("nth-operation", layer=layer, run=run, part=part, kind=kind, faults=faults, lost=0)
+
+
 def sample(items: Sequence[T], most: int) -> list[T]:
     """Return some of them, evenly: always the same ones."""
     step = max(1.0, len(items) / most)
@@ -156,7 +161,7 @@ def test_an_operation_that_fails_once_does_no_harm(world: World, part: str, laye
         for turn, number in enumerate(numbers)
     ]
 
-    record("nth-operation", layer=layer, part=part, kinds=len(kinds), faults=sum(hits), lost=0)
+    told("sample", layer, part, "all in turn", sum(hits))
 
 
 @pytest.mark.soak
@@ -174,7 +179,7 @@ def test_every_operation_may_fail_once(world: World, part: str, layer: Layer, ki
             break
         faults += 1
 
-    record("nth-operation", layer=layer, part=part, kinds=1, faults=faults, lost=0)
+    told("whole", layer, part, kind, faults)
     assert faults > 100
 
 
@@ -206,7 +211,7 @@ def test_an_outage_does_no_harm(world: World, layer: Layer, kind: str) -> None:
         for number in sample(places(world, "replaced", layer), 3)
     ]
 
-    record("nth-operation", layer=layer, part="outage", kinds=1, faults=sum(hits), lost=0)
+    told("sample", layer, "outage of replaced", kind, sum(hits))
 
 
 @pytest.mark.soak
@@ -218,7 +223,7 @@ def test_an_outage_may_begin_at_every_operation(world: World, part: str, layer: 
 
     hits = [survived_outage(world, part, make(number, kind), seconds=20.0) for number in places(world, part, layer)]
 
-    record("nth-operation", layer=layer, part=f"outage of {part}", kinds=1, faults=sum(hits), lost=0)
+    told("whole", layer, f"outage of {part}", kind, sum(hits))
 
 
 # A fault that meets what a killed process has left
@@ -243,7 +248,7 @@ def test_an_operation_of_a_recovery_that_fails_once_does_no_harm(world: World, l
         for kind in [kinds[turn % len(kinds)]]
     ]
 
-    record("nth-operation", layer=layer, part="recovery", kinds=len(kinds), faults=sum(hits), lost=0)
+    told("sample", layer, "recovery of replaced", "all in turn", sum(hits))
 
 
 @pytest.mark.soak
@@ -261,7 +266,7 @@ def test_every_operation_of_a_recovery_may_fail_once(world: World, part: str, la
                 break
             faults += 1
 
-    record("nth-operation", layer=layer, part=f"recovery of {part}", kinds=len(kinds), faults=faults, lost=0)
+    told("whole", layer, f"recovery of {part}", "all in turn", faults)
 
 
 # Requests to S3
@@ -336,7 +341,7 @@ def test_a_request_that_fails_once_does_no_harm(world: World, part: str) -> None
         for number, kind in enumerate(kinds, start=1)
     ]
 
-    record("nth-operation", layer="s3", part=part, kinds=len(kinds), faults=sum(hits), lost=0)
+    told("sample", "s3", part, "all in turn", sum(hits))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -364,7 +369,7 @@ def test_every_request_may_fail_once(world: World, part: str, kind: str, is_opaq
         if not any(hits):
             break
 
-    record("nth-operation", layer="s3", part=part, kinds=1, faults=faults, lost=0)
+    told("whole", "s3", part, f"{kind}, {'read back' if is_opaque else 'told'}", faults)
 
 
 # The process dies
@@ -381,7 +386,7 @@ def killed(world: World, part: str, *numbers: int) -> int:
 def test_killed_at_any_effect_nothing_is_lost(world: World, part: str) -> None:
     kills = sum(killed(world, part, number) for number in sample(range(effects(world, part)), 5))
 
-    record("kill", how="single", part=part, kills=kills, lost=0)
+    record("kill", how="single", run="sample", part=part, kills=kills, lost=0)
     assert 5 == kills
 
 
@@ -391,7 +396,7 @@ def test_killed_again_while_it_recovers_nothing_is_lost(world: World, part: str)
 
     kills = sum(killed(world, part, number, 9 * turn) for turn, number in enumerate(firsts))
 
-    record("kill", how="pair", part=part, kills=kills, lost=0)
+    record("kill", how="pair", run="sample", part=part, kills=kills, lost=0)
     assert kills > 3
 
 
@@ -406,7 +411,7 @@ def test_killed_at_every_effect_nothing_is_lost(world: World, part: str) -> None
             break
         kills += 1
 
-    record("kill", how="single", part=part, kills=kills, lost=0)
+    record("kill", how="single", run="whole", part=part, kills=kills, lost=0)
     assert kills > 100
 
 
@@ -424,7 +429,7 @@ def test_killed_at_every_pair_of_effects_nothing_is_lost(world: World, part: str
             if died < 2:
                 break
 
-    record("kill", how="pair", part=part, kills=kills, lost=0)
+    record("kill", how="pair", run="whole", part=f"{part}, share {share} of 8", kills=kills, lost=0)
 
 
 # Whether the process that dies in here dies as a process does
@@ -460,7 +465,7 @@ def test_a_process_that_is_killed_leaves_what_one_leaves_that_dies_in_here(world
                 kills += 1
         living.stdin.close()
 
-    record("kill", how="SIGKILL", part="all", kills=kills, lost=0)
+    record("kill", how="SIGKILL of a process", run="sample", part="all", kills=kills, lost=0)
 
 
 # Whether all this finds anything

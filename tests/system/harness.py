@@ -75,9 +75,11 @@ ALLOWED_NEXT_OF_ONE = {  # the same for one batch, and for what waits: in a reco
 def until(condition: Callable[[], Any], what: str, *, timeout_s: float = DEADLINE_S) -> Any:
     """Return the condition's first true value; fail with `what` when the deadline passes."""
     deadline = time.monotonic() + timeout_s
+    pause_s = 0.01
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(0.06, 1.2 * pause_s)  # whoever waits long need not ask as often, and keep the daemon from its work
     return value
 
 
@@ -195,10 +197,17 @@ class Site:
 
     def until_state(self, record: str, *states: str, timeout_s: float = DEADLINE_S) -> dict[str, Any]:
         """Wait until the record is in one of these states, and return its row."""
-        deadline = time.monotonic() + timeout_s
-        while (row := self.status(record)).get("state") not in states:
-            assert time.monotonic() < deadline, f"{record} is not {' or '.join(states)} within {timeout_s:g} s but {row}"
-            time.sleep(0.02)
+        row: dict[str, Any] = {}
+
+        def is_there() -> bool:
+            row.clear()
+            row.update(self.status(record))
+            return row.get("state") in states
+
+        try:
+            until(is_there, f"{record} is {' or '.join(states)}", timeout_s=timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}, but {row}") from None
         return row
 
     def objects(self) -> dict[str, bytes]:
@@ -293,13 +302,20 @@ class Daemon:
         self, site: Site, log_file: Path, constants: Mapping[str, object] = MappingProxyType({}), within: Sequence[str] = ()
     ) -> None:
         self.log_file = log_file
+        self._lines: list[dict[str, Any]] = []
+        self._read_bytes = 0
         with open(log_file, "wb") as log:
             self.process = started(site, ["run"], stdout=log, stderr=log, before=_set_constants(constants), within=within)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the log so far; a line that is no JSON fails the test."""
-        text = self.log_file.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        with open(self.log_file, "rb") as log:
+            log.seek(self._read_bytes)
+            text = log.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._lines += map(json.loads, whole.splitlines())
+        self._read_bytes += len(whole)
+        return list(self._lines)
 
     def events(self, name: str | None = None, **keys: Any) -> list[dict[str, Any]]:
         """Return the lines of this event that have these keys."""

@@ -882,8 +882,8 @@ def test_a_file_that_is_open_for_writing_waits_until_it_is_closed(rclone_server:
         with opened(library):
             os.link(library, linked)
             site.until_state(RECORD, "receiving")
-            why = site.spoold("why", RECORD).stdout
             stalled = site.until_state(RECORD, "stalled")
+            why = site.spoold("why", RECORD).stdout
             objects = site.objects()
         site.until_state(RECORD, "done")
 

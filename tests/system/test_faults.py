@@ -519,6 +519,7 @@ def test_a_large_file_that_changes_under_way_is_aborted_and_goes_up_anew(site: S
     site.demand_laws({VIDEO: large(2)})
 
 
+@pytest.mark.soak
 def test_a_huge_file_goes_up_in_bounded_memory(tmp_path: Path, rclone_server: RcloneServer) -> None:
     site = Site(tmp_path, rclone_server)
     size_bytes = 200_000_000

@@ -525,8 +525,8 @@ def many_files(site: Site, count: int) -> None:
     )
 
 
-def test_hundreds_of_files_in_one_record_go_up_as_one(rclone_server: RcloneServer, tmp_path: Path) -> None:
-    many_files(Site(tmp_path, rclone_server), 200)
+def test_a_hundred_files_in_one_record_go_up_as_one(rclone_server: RcloneServer, tmp_path: Path) -> None:
+    many_files(Site(tmp_path, rclone_server), 120)
 
 
 @pytest.mark.soak
