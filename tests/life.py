@@ -662,7 +662,7 @@ class Elsewhere(RcloneServer):
     """A server that another process has started."""
 
     def __init__(self, directory: Path, port: int) -> None:
-        self.directory = directory
+        super().__init__(directory)
         self.port = port
 
 

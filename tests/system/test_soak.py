@@ -304,8 +304,8 @@ def soak(
             until(lambda: is_idle(site, daemon), "all is done", timeout_s=300)
         verdicts = race.judge()
         verdict = compare(site, reports, {path for report in told for path in report.newest})
-    counts: dict[str, int | float] = {
-        "minutes": round(seconds / 60, 2), "seed": seed, "saves": sum(app.saves for app in reports),
+    counts: dict[str, str | int | float] = {
+        "seed": str(seed), "minutes": round(seconds / 60, 2), "saves": sum(app.saves for app in reports),
         "rewrites": sum(each.rewrites for each in verdicts),
         "kills": daemons.counts["kill"], "restarts": daemons.counts["drain"],
         "freezes": daemons.counts["freeze"], "reloads": daemons.counts["reload"], "faults": weather.faults,
