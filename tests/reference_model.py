@@ -16,6 +16,7 @@ import errno
 import hashlib
 import itertools
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -634,6 +635,7 @@ class Play:
         self._current: dict[str, str] = {}  # record → the name of its attachment now
         self._handles: dict[str, _Handle] = {}
         self._saving: set[str] = set()  # records: the app does one thing with each at a time
+        self._away: dict[str, Path] = {}  # record → where its directory is now
         self._numbers = itertools.count(1)
         self._newest_ctime_ns = 0
         self._history_id = 0
@@ -947,9 +949,33 @@ class Play:
         self.written.finish(handle.path, handle.content)
         self._done_by_app()
 
+    def take_away(self, record: str) -> None:
+        """Move a record's directory out of the spool: its files come back with it as they are, to the very ctime."""
+        place, away = self.root / record, self.directory / f"away.{next(self._numbers)}"
+        has_strangers = any(path.startswith(f"{record}/") for path in self.strangers)
+        if not self._is_busy(record) and not has_strangers and place.is_dir():
+            place.rename(away)
+            self._away[record] = away
+
+    def bring_back(self, record: str) -> None:
+        """Move it back; what was given back to its place meanwhile makes way for what is newer."""
+        if (away := self._away.pop(record, None)) is None:
+            return
+        place = self.root / record
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            away.rename(place)
+            return
+        for file in [path for path in away.rglob("*") if path.is_file()]:
+            to = place / file.relative_to(away)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(to)
+            self._stamp(str(to.relative_to(self.root)))
+        shutil.rmtree(away)
+
     def _is_busy(self, record: str) -> bool:
-        """Say whether the app is at this record."""
-        return record in self._handles or record in self._saving
+        """Say whether somebody is at this record."""
+        return record in self._handles or record in self._saving or record in self._away
 
     def _writable(self, record: str, style: str) -> tuple[str, Path] | None:
         """Return the file of the attachment that the record has now, if it is there."""
@@ -1193,10 +1219,11 @@ class Play:
 
     def _contents_on_disk(self) -> set[bytes]:
         found = set()
-        for directory, _, names in os.walk(self.root):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    found.add(Path(directory, name).read_bytes())
+        for root in (self.root, *self._away.values()):
+            for directory, _, names in os.walk(root):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        found.add(Path(directory, name).read_bytes())
         return found
 
     def _aside(self) -> list[Path]:
@@ -1216,6 +1243,8 @@ class Play:
         self._armed.clear()
         for record in list(self._handles):
             self.end_copy(record)
+        for record in list(self._away):
+            self.bring_back(record)
         for turn in range(100):
             self._complete()
             if not self.daemons:

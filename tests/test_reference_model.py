@@ -75,6 +75,8 @@ app_doings = (
     verb("rewrite_links"),
     verb("begin_copy", records, names, styles),
     verb("end_copy", records),
+    verb("take_away", records),
+    verb("bring_back", records),
 )
 daemon_doings = (
     verb("look", records, numbers),
@@ -245,8 +247,8 @@ DOINGS: tuple[Doing, ...] = (
     ("crash",), ("crash", True), ("rewrite", RECORD, "original", True), ("rewrite", RECORD, "thumb", False, False),
     ("append", RECORD, "thumb"), ("touch", RECORD, "original"), ("save", RECORD, "cat.jpg"), ("save", RECORD, "note.txt"),
     ("save_again", RECORD), ("save_beside", RECORD, "note.txt"), ("late_style", RECORD), ("link", RECORD, "cat.jpg"),
-    ("begin_copy", RECORD, "cat.jpg", "original"), ("remove", RECORD), ("settle", 1), ("start",), ("drain",),
-    ("freeze", 35.0), ("jump", 4000.0), ("fail", errno.EIO), ("fail", errno.ENOSPC), ("fail", errno.EACCES),
+    ("begin_copy", RECORD, "cat.jpg", "original"), ("remove", RECORD), ("take_away", RECORD), ("settle", 1), ("start",),
+    ("drain",), ("freeze", 35.0), ("jump", 4000.0), ("fail", errno.EIO), ("fail", errno.ENOSPC), ("fail", errno.EACCES),
     ("fates", Fate.LATE), ("fates", Fate.UNPROVEN, Fate.NEVER), ("fates", Fate.DENIED),
 )  # fmt: skip
 
@@ -275,6 +277,13 @@ def test_a_daemon_may_die_before_each_of_its_effects() -> None:
         go(from_save_to_done, At(point, nth, ("crash", True)))
 
     assert {"ledger", "put", "answer", "rename", "unlink", "rmdir"} == {point for point, _ in moments}
+
+
+@pytest.mark.timeout(600)
+def test_a_record_may_be_taken_away_and_come_back_before_each_of_the_daemons_effects() -> None:
+    """Its files are as they were, and so was the batch that had answered for them: they lay there for ever."""
+    for point, nth in moments_of(from_save_to_done, ("lease", "rename", "unlink", "put")):
+        go(from_save_to_done, At(point, nth, ("take_away", RECORD)))
 
 
 @pytest.mark.soak

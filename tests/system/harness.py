@@ -313,7 +313,7 @@ class Daemon:
             log.seek(self._read_bytes)
             text = log.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._lines += map(json.loads, whole.splitlines())
+        self._lines += [json.loads(line) for line in whole.splitlines()]
         self._read_bytes += len(whole)
         return list(self._lines)
 

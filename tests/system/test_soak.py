@@ -192,7 +192,10 @@ class Daemons:
 
 def is_up(daemon: Daemon) -> bool:
     """Say whether it works, or has ended by itself. Before it has set its handlers, SIGHUP ends it."""
-    return daemon.process.poll() is not None or bool(daemon.events("daemon.ready"))
+    with contextlib.suppress(json.JSONDecodeError):  # it is about to end, and says why in plain words
+        if daemon.events("daemon.ready"):
+            return True
+    return daemon.process.poll() is not None
 
 
 # Disks
