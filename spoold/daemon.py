@@ -313,8 +313,10 @@ class Daemon:
                 self._work.wait()
                 return
             self._has_lookout = True
-            self._work.wait(0.1 if self._once else _IDLE_S)
-            self._has_lookout = False
+            try:
+                self._work.wait(0.1 if self._once else _IDLE_S)
+            finally:
+                self._has_lookout = False
 
     def _claim(self, uploads_first: bool) -> Claim | None:
         crashes = self._settings.upload.retry.crashes

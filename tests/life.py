@@ -256,6 +256,7 @@ class Life:
         self.on_death: Callable[[], None] = lambda: None
         self.events: list[Any] = []
         self._script = list(script)
+        self._ended_well = True
         if will is not None:
             self._script, self.newest, self.written = list(will.script), dict(will.newest), dict(will.written)
             self.starts = 1
@@ -332,7 +333,7 @@ class Life:
             for patch in patches:
                 stack.enter_context(patch)
             stack.enter_context(self.hand)
-            while self._script:
+            while self._script or not self._ended_well:  # systemd starts what was killed, also on its way out
                 self._run_one()
 
     def _make_store(self, **settings: Any) -> Store:
@@ -340,10 +341,12 @@ class Life:
 
     def _run_one(self) -> None:
         self.starts += 1
+        self._ended_well = False
         assert self.starts < 10, f"it does not come to its feet: {self.state()}"
         try:
             self._daemon = Turned(self.settings, clock=self.clock, live=self._live, needs_tending=self._keys_are_due)
             self._daemon.run()
+            self._ended_well = True
         except Killed:
             self._bury()
             self.on_death()
