@@ -12,9 +12,7 @@ import dataclasses
 import errno
 import os
 import stat
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +20,7 @@ import structlog
 
 from spoold.aside import AsideDirectory, aside_name, parse_aside_name
 from spoold.clock import Ages, Clock
+from spoold.doubts import Doubts
 from spoold.errors import (
     Changed,
     ClaimLost,
@@ -46,7 +45,6 @@ _CHUNK_BYTES = 1 << 20
 _PROOF_LASTS_S = 3600.0
 _OPEN_AGAIN_S = 15.0
 _LOOK_AGAIN_S = 1.0
-_REMEMBERED_DOUBTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,34 +84,6 @@ class Missing(SpooldError):
         self.keys = keys
 
 
-class _Doubts:
-    """How long requests without an answer may still land, counted from when we first knew of each.
-
-    Not from when the ledger says that it ended: a wall clock that jumps forward would make it over (rule 4), and back never.
-    """
-
-    def __init__(self, doubt_s: float, clock: Clock) -> None:
-        self._doubt_s = doubt_s
-        self._clock = clock
-        self._known_since: OrderedDict[tuple[str, float], float] = OrderedDict()  # a doubt → monotonic seconds
-        self._lock = threading.Lock()
-
-    def left_s(self, doubt: tuple[str, float]) -> float:
-        """Return for how many seconds more a key may change. doubt: the key and when the ledger says that it began."""
-        moment = self._clock.monotonic()
-        with self._lock:
-            since = self._known_since.setdefault(doubt, moment)
-            if len(self._known_since) > _REMEMBERED_DOUBTS:
-                self._known_since.popitem(last=False)  # it is merely waited for once more
-        return since + self._doubt_s - moment
-
-    def forget(self, doubts: Iterable[tuple[str, float]]) -> None:
-        """These are settled."""
-        with self._lock:
-            for doubt in doubts:
-                self._known_since.pop(doubt, None)
-
-
 class Cleaner:
     """Clears the batches of one spool.
 
@@ -134,7 +104,7 @@ class Cleaner:
         self._aside = AsideDirectory(spool)
         self._has_told_no_leases = False
         self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
-        self._doubts = _Doubts(rules.doubt_s, clock)
+        self._doubts = Doubts(rules.doubt_s, clock)
 
     def clear(self, claim: Claim) -> Due | None:
         """Let go of the batch's local files as far as it is time; None when none is left that may ever go.
@@ -496,7 +466,7 @@ class Remover:
         self._ledger = ledger
         self._stores = stores
         self._limits = limits
-        self._doubts = _Doubts(doubt_s, clock)
+        self._doubts = Doubts(doubt_s, clock)
         self._owner = owner
         self._demand_claim = demand_claim
         self._blown: set[str] = set()

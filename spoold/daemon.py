@@ -21,6 +21,7 @@ from spoold.model import Claim, Headers
 from spoold.owner import LEASE_S, OWNERS, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.rebuild import Rebuilder, Source
+from spoold.settler import Settler
 from spoold.spool import Spool
 from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
@@ -98,6 +99,10 @@ class Daemon:
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
             limits={spool.name: spool.max_deletes_per_hour for spool in settings.spools},
             doubt_s=settings.upload.doubt, clock=self._clock, demand_claim=self._owner.demand,
+        )  # fmt: skip
+        self._settler = Settler(
+            ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
+            doubt_s=settings.upload.doubt, clock=self._clock,
         )  # fmt: skip
         self._rebuilder = Rebuilder(
             ledger=self._ledger, store=self._store,
@@ -343,7 +348,7 @@ class Daemon:
                 self._wake()
 
     def _tend(self, done: threading.Event) -> None:
-        """What is due now and then: probes of what is held, replaced keys, old history."""
+        """What is due now and then: probes of what is held, replaced keys, keys of what was given up, old history."""
         remove_at = prune_at = 0.0
         reserve_at = self._clock.monotonic() + _RESERVE_EVERY_S
         while not done.wait(_TEND_EVERY_S):
@@ -360,6 +365,7 @@ class Daemon:
                     with self._owner.at_work() as may_claim:
                         if may_claim:
                             self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
+                            self._settler.settle_due(lease_s=LEASE_S, held=self._holds.held())
                 if now >= prune_at:
                     prune_at = now + _PRUNE_EVERY_S
                     self._ledger.prune(older_than_s=_HISTORY_LASTS_S)

@@ -54,6 +54,7 @@ from spoold.looker import Looker
 from spoold.model import HOUSE, Digests, Headers, StoredObject
 from spoold.owner import LEASE_S, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
+from spoold.settler import Settler
 from spoold.spool import ASIDE, KEPT, Spool
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
 from tests.paperclip import App
@@ -492,6 +493,7 @@ class Daemon:
             clock=clock,
             demand_claim=self._demand,
         )  # fmt: skip
+        self._settler = Settler(ledger=self.ledger, owner=self.owner.name, stores={NAME: store}, doubt_s=DOUBT_S, clock=clock)
 
     def _demand(self) -> None:
         self._play.before("demand")
@@ -574,6 +576,7 @@ class Daemon:
             with self.owner.at_work() as may_claim:
                 if may_claim and not self.stop.is_set():
                     self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
+                    self._settler.settle_due(lease_s=LEASE_S, held=self._holds.held())
             self.ledger.prune(older_than_s=30 * 86400.0)
             self._shorten_waits()
         except LedgerUnavailable:

@@ -12,9 +12,9 @@ from sqlalchemy import insert, select
 
 from spoold.clock import iso
 from spoold.layout import Place
-from spoold.ledger.clearing import Clearing
 from spoold.ledger.database import Transaction
 from spoold.ledger.schema import FOUND, about, key_owner, object_, record
+from spoold.ledger.settling import Settling
 from spoold.model import StoredObject
 
 
@@ -28,7 +28,7 @@ class Found:
     modified_at: float
 
 
-class Rebuilding(Clearing):
+class Rebuilding(Settling):
     """The verbs of a rebuild."""
 
     def to_rebuild(self, spools: Iterable[str]) -> list[str]:

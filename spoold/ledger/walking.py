@@ -300,6 +300,7 @@ class Walking(Claiming):
             if row.state != State.PENDING:
                 return
             change.execute(update(batch).where(batch.c.id == row.id).values(state=State.SUPERSEDED, due_at=None))
+            self._given_up.add(key)
             before = change.execute(select(sighting.c.vetoed).where(sighting.c.record_key == key)).scalar()
             files = [file.file for file in mine.batch.uploads]
             marks = before.split(",") if before else []

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
 
+from spoold.clock import Clock
 from spoold.ledger.database import Database, Transaction
 from spoold.ledger.schema import about, batch, batch_file, elsewhere, object_, record, sighting
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
@@ -38,6 +39,11 @@ _UNKNOWN = Known({}, None, False, None, frozenset(), False)
 
 class Watching(Database):
     """The verbs of the watcher."""
+
+    def __init__(self, url: str, *, clock: Clock, create: bool = True) -> None:
+        super().__init__(url, clock=clock, create=create)
+        self._given_up: set[int] = set()  # records of which a version was given up: what has come of its PUTs is to be seen
+        self._has_all_to_settle = True
 
     def known(self, spool: str, path: str) -> Known:
         """Return what is known of the record at `path`."""
@@ -247,6 +253,7 @@ class Watching(Database):
             batch.c.id < before if before is not None else batch.c.state != State.STORED,
         )
         for row in change.execute(older).all():
+            self._given_up.add(key)
             aside = select(func.count()).where(batch_file.c.batch_id == row.id, batch_file.c.aside_name.is_not(None))
             has_aside = change.execute(aside).scalar_one() > 0
             values = {"state": State.SUPERSEDED, "due_at": change.now if has_aside else None, "next_attempt_at": None}

@@ -1,0 +1,110 @@
+"""What the ledger tells of live keys that a version which was given up may have overwritten, and is told of what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import and_, exists, or_, select, update
+
+from spoold.ledger.clearing import Clearing
+from spoold.ledger.schema import batch, intent, object_, record
+from spoold.model import Answer, Digests, State, StoredObject
+
+_AT_MOST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """A live key that PUTs of a version have written to, or may have, which was given up before it was stored.
+
+    etag, md5, size: of what the ledger tells. digests: of what the key may hold instead, SHA-256, hex.
+    doubt_at: when the last of these PUTs ended that were never answered, seconds since the epoch; None if all were.
+    """
+
+    spool: str
+    record_key: int
+    record: str
+    bucket: str
+    key: str
+    etag: str
+    md5: str
+    size: int
+    digests: frozenset[str]
+    doubt_at: float | None
+
+
+class Settling(Clearing):
+    """The verbs of the settler."""
+
+    def overwritten(self, spools: Iterable[str]) -> list[Overwritten]:
+        """Return the live keys of these spools that may hold something else than the ledger tells, and that nobody works on.
+
+        The first time all records are asked, then those of which a version was given up since.
+        """
+        asked = None if self._has_all_to_settle else set(self._given_up)
+        self._given_up -= asked or set()
+        if asked is not None and not asked:
+            return []
+        written = and_(
+            intent.c.bucket == object_.c.bucket, intent.c.key == object_.c.key, intent.c.kind == "put",
+            intent.c.digest != object_.c.digest, or_(intent.c.doubt_at.is_not(None), intent.c.answer == Answer.CONFIRMED),
+        )  # fmt: skip
+        statement = (
+            select(record.c.spool, record.c.path, object_, intent.c.digest.label("other"), intent.c.doubt_at)
+            .join(record, record.c.id == object_.c.record_key)
+            .join(intent, written)
+            .where(record.c.spool.in_(list(spools)))
+            .limit(_AT_MOST)
+        )
+        if asked is not None:
+            statement = statement.where(object_.c.record_key.in_(sorted(asked)[:_AT_MOST]))
+            self._given_up |= set(sorted(asked)[_AT_MOST:])
+        at_work = exists().where(
+            batch.c.record_key == object_.c.record_key, batch.c.state.in_((State.PENDING, State.DEAD, State.STORED))
+        )
+        with self.read() as connection:
+            rows = connection.execute(statement.add_columns(at_work.label("is_walked"))).all()
+        self._has_all_to_settle = asked is None and len(rows) == _AT_MOST
+        self._given_up |= {row.record_key for row in rows}  # until nothing of them is left
+        keys: dict[tuple[str, str], Overwritten] = {}
+        for row in rows:
+            if row.is_walked:
+                continue  # its walk sees to that, or takes its place
+            before = keys.get((row.bucket, row.key))
+            doubts = [moment for moment in (before.doubt_at if before else None, row.doubt_at) if moment is not None]
+            keys[row.bucket, row.key] = Overwritten(
+                row.spool, row.record_key, row.path, row.bucket, row.key, row.etag, row.md5, row.size,
+                (before.digests if before else frozenset()) | {row.other}, max(doubts, default=None),
+            )  # fmt: skip
+        return list(keys.values())
+
+    def settled(self, key: Overwritten, *, holds: tuple[StoredObject, Digests] | None) -> None:
+        """Write down what a key holds, now that nothing of the version that was given up can change it any more.
+
+        holds: what came of that version, proven; None if it is what the ledger tells.
+        """
+        here = and_(object_.c.bucket == key.bucket, object_.c.key == key.key)
+        with self.write() as change:
+            if change.execute(select(object_.c.md5).where(here)).scalar() != key.md5:
+                return  # a newer version was stored meanwhile
+            others = and_(
+                intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.kind == "put",
+                intent.c.digest.in_(key.digests), intent.c.digest != (holds[1].sha256 if holds else ""),
+            )  # fmt: skip
+            change.execute(update(intent).where(others).values(doubt_at=None))
+            change.execute(update(intent).where(others, intent.c.answer == Answer.CONFIRMED).values(answer=Answer.REFUSED))
+            if holds is None:
+                return
+            stored, digests = holds
+            row = {
+                "digest": digests.sha256, "md5": digests.md5, "size": stored.size, "content_type": stored.content_type,
+                "etag": stored.etag, "checksum_algorithm": stored.checksum_algorithm, "checksum": stored.checksum,
+                "version_id": stored.version_id, "uploaded_at": change.at, "proven_at": change.now,
+            }  # fmt: skip
+            change.execute(update(object_).where(here).values(**row))
+            self._touched(change, key.record_key)
+            change.tell(
+                "object.overwritten", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key,
+                detail="it holds a version that the app took back before all of it was uploaded",
+            )  # fmt: skip
