@@ -1289,12 +1289,22 @@ class Play:
         waits += [("late", request.until - self.clock.monotonic()) for request in self.bucket.late]
         waits += [(f"sighting: {reason}", 0.0) for (reason,) in self.query("SELECT reason FROM sighting WHERE state != 'gone'")]
         waits += [(state, 0.0) for (state,) in self.query("SELECT state FROM batch WHERE state IN ('pending', 'dead')")]
+        waits += [
+            (f"overwritten {key}", 0.0)
+            for (key,) in self.query(
+                "SELECT o.key FROM object o JOIN intent i ON i.key = o.key AND i.kind = 'put' AND i.digest <> o.digest "
+                "WHERE i.doubt_at IS NOT NULL OR i.answer = 'confirmed'"
+            )
+        ]
         return waits
 
     def _demand_all_is_done(self) -> None:
         for path, it in self.written.paths.items():
             found, allowed = self.bucket.objects.get(path), self.written.may_end_with(it)
             assert found in allowed, f"the bucket ends with {found!r} at {path}, not with one of {allowed}"
+        for key, etag in self._live().items():
+            body = self.bucket.objects.get(key)
+            assert body is not None and _md5(body) == etag, f"the ledger tells of {etag} at {key}, which holds {body!r}"
         for file in (file for file in self.root.rglob("*") if file.is_file()):
             path = str(file.relative_to(self.root))
             if path in self.strangers or path in (f"{HOUSE}/canary", f"{HOUSE}/owner") or not self.settings.deletes:
