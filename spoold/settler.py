@@ -37,8 +37,9 @@ class Settler:
         held: spools whose destination refuses; theirs wait.
         """
         changed = 0
-        for key in self._ledger.overwritten(sorted(set(self._stores) - held)):
-            if key.doubt_at is not None and self._doubts.left_s((key.key, key.doubt_at)) > 0:
+        for key in self._ledger.overwritten(self._stores):
+            is_in_doubt = key.doubt_at is not None and self._doubts.left_s((key.key, key.doubt_at)) > 0
+            if key.spool in held or is_in_doubt:
                 continue
             fence = self._ledger.claim_record(key.record_key, self._owner, lease_s=lease_s)
             if fence is None:

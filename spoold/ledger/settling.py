@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import and_, exists, or_, select, update
 
+from spoold.errors import LedgerUnavailable
 from spoold.ledger.clearing import Clearing
 from spoold.ledger.schema import batch, intent, object_, record
 from spoold.model import Answer, Digests, State, StoredObject
 
-_AT_MOST = 100
+_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +43,35 @@ class Settling(Clearing):
 
         The first time all records are asked, then those of which a version was given up since.
         """
-        asked = None if self._has_all_to_settle else set(self._given_up)
-        self._given_up -= asked or set()
-        if asked is not None and not asked:
-            return []
         written = and_(
             intent.c.bucket == object_.c.bucket, intent.c.key == object_.c.key, intent.c.kind == "put",
             intent.c.digest != object_.c.digest, or_(intent.c.doubt_at.is_not(None), intent.c.answer == Answer.CONFIRMED),
         )  # fmt: skip
-        statement = (
-            select(record.c.spool, record.c.path, object_, intent.c.digest.label("other"), intent.c.doubt_at)
-            .join(record, record.c.id == object_.c.record_key)
-            .join(intent, written)
-            .where(record.c.spool.in_(list(spools)))
-            .limit(_AT_MOST)
-        )
-        if asked is not None:
-            statement = statement.where(object_.c.record_key.in_(sorted(asked)[:_AT_MOST]))
-            self._given_up |= set(sorted(asked)[_AT_MOST:])
         at_work = exists().where(
             batch.c.record_key == object_.c.record_key, batch.c.state.in_((State.PENDING, State.DEAD, State.STORED))
         )
-        with self.read() as connection:
-            rows = connection.execute(statement.add_columns(at_work.label("is_walked"))).all()
-        self._has_all_to_settle = asked is None and len(rows) == _AT_MOST
+        statement = (
+            select(
+                record.c.spool, record.c.path, object_, intent.c.digest.label("other"), intent.c.doubt_at,
+                at_work.label("is_walked"),
+            )
+            .join(record, record.c.id == object_.c.record_key)
+            .join(intent, written)
+            .where(record.c.spool.in_(list(spools)))
+        )  # fmt: skip
+        asked = set(self._given_up)
+        self._given_up -= asked
+        try:
+            with self.read() as connection:
+                if self._has_all_to_settle:
+                    rows = list(connection.execute(statement))
+                else:
+                    some = [object_.c.record_key.in_(ids) for ids in _in_parts(sorted(asked))]
+                    rows = [row for these in some for row in connection.execute(statement.where(these))]
+        except LedgerUnavailable:
+            self._given_up |= asked
+            raise
+        self._has_all_to_settle = False
         self._given_up |= {row.record_key for row in rows}  # until nothing of them is left
         keys: dict[tuple[str, str], Overwritten] = {}
         for row in rows:
@@ -108,3 +114,7 @@ class Settling(Clearing):
                 "object.overwritten", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key,
                 detail="it holds a version that the app took back before all of it was uploaded",
             )  # fmt: skip
+
+
+def _in_parts(ids: list[int]) -> list[list[int]]:
+    return [ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE)]
