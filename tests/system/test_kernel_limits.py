@@ -159,7 +159,9 @@ def test_directories_beyond_the_limit_of_watches_are_swept_and_said_until_there_
     record("kernel-limit", case="watches", files=len(written), directories=82, lost=lost(site, written))
 
 
-@pytest.mark.parametrize("limits", [{"watches": 0}, {"instances": 0}], ids=lambda limits: next(iter(limits)))
+@pytest.mark.parametrize(
+    "limits", [{"watches": 0}, pytest.param({"instances": 0}, marks=pytest.mark.soak)], ids=lambda limits: next(iter(limits))
+)
 def test_where_nothing_can_be_watched_sweeps_find_it_all_until_something_can(site: Site, limits: dict[str, int]) -> None:
     with site.daemon(within=limited(**limits), constants=SOON) as daemon:
         unavailable = daemon.until_event("watch.unavailable")

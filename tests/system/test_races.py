@@ -88,7 +88,7 @@ def demand_clean(verdicts: list[Verdict]) -> None:
 
 @pytest.mark.timeout(600)  # where many tests share few processors
 def test_whoever_writes_in_whatever_way_nothing_is_lost_stale_or_half(tmp_path: Path, rclone_server: RcloneServer) -> None:
-    verdicts = judge_a_race(tmp_path, rclone_server, rewrites=400, files=8, rest_s=0.6)
+    verdicts = judge_a_race(tmp_path, rclone_server, rewrites=250, files=8, rest_s=0.6)
 
     assert list(KINDS) == [verdict.writer for verdict in verdicts]
     demand_clean(verdicts)
