@@ -69,6 +69,17 @@ def walked(bench: Bench, pipeline: Pipeline) -> None:
     raise AssertionError("it never ends")
 
 
+def half_uploaded(bench: Bench, proxy: FaultProxy, style: str) -> Pipeline:
+    """Have a first version uploaded and let go, and then a second, but for this style, which the server refuses."""
+    pipeline = bench.pipeline()
+    offered(bench, FIRST)
+    walked(bench, pipeline)
+    proxy.on("PUT", f"/{style}/", BROKEN)
+    offered(bench, SECOND)
+    pipeline.walk(bench.claimed())
+    return pipeline
+
+
 def taken_back(bench: Bench, pipeline: Pipeline) -> None:
     """The app removes what it wrote last, and the daemon finds out."""
     for path in SECOND:
@@ -92,12 +103,7 @@ def test_what_a_version_has_overwritten_that_was_taken_back_is_told(
     bench: Bench, settler: Settler, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
     """Its original was proven, its style was not: the bucket had the newer, the ledger told of the older, for ever."""
-    pipeline = bench.pipeline()
-    offered(bench, FIRST)
-    walked(bench, pipeline)
-    proxy.on("PUT", "/thumb/", BROKEN)
-    offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    pipeline = half_uploaded(bench, proxy, "thumb")
     while_it_is_tried = settle(settler)
     taken_back(bench, pipeline)
     untrue = told(bench)
@@ -115,13 +121,11 @@ def test_what_may_still_overwrite_a_key_is_waited_for(
     bench: Bench, settler: Settler, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
     """After `upload.doubt` nothing of it can land any more, and the key is looked at: once."""
-    pipeline, gate = bench.pipeline(), threading.Event()
+    gate = threading.Event()
     offered(bench, FIRST)
-    walked(bench, pipeline)
+    walked(bench, bench.pipeline())
     proxy.on("PUT", "/original/", Hold(gate, hang_up=True), times=1)
-    proxy.on("PUT", "/original/", BROKEN)
-    offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    pipeline = half_uploaded(bench, proxy, "original")
     taken_back(bench, pipeline)
     looks = len(proxy.requests("HEAD"))
 
@@ -139,12 +143,7 @@ def test_what_may_still_overwrite_a_key_is_waited_for(
 def test_a_put_that_never_landed_changes_nothing_and_is_forgotten(
     bench: Bench, settler: Settler, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
-    pipeline = bench.pipeline()
-    offered(bench, FIRST)
-    walked(bench, pipeline)
-    proxy.on("PUT", "/original/", BROKEN)
-    offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    pipeline = half_uploaded(bench, proxy, "original")
     taken_back(bench, pipeline)
     before = told(bench)
 
@@ -163,12 +162,7 @@ def test_a_put_that_never_landed_changes_nothing_and_is_forgotten(
 def test_a_newer_version_takes_the_place_of_what_was_taken_back(
     bench: Bench, settler: Settler, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
-    pipeline = bench.pipeline()
-    offered(bench, FIRST)
-    walked(bench, pipeline)
-    proxy.on("PUT", "/thumb/", BROKEN)
-    offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    pipeline = half_uploaded(bench, proxy, "thumb")
     taken_back(bench, pipeline)
     proxy.clear()
     offered(bench, FIRST)
@@ -184,12 +178,7 @@ def test_a_newer_version_takes_the_place_of_what_was_taken_back(
 def test_what_a_stranger_has_put_there_is_said_once(
     bench: Bench, settler: Settler, proxy: FaultProxy, rclone_server: RcloneServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline = bench.pipeline()
-    offered(bench, FIRST)
-    walked(bench, pipeline)
-    proxy.on("PUT", "/thumb/", BROKEN)
-    offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    pipeline = half_uploaded(bench, proxy, "thumb")
     taken_back(bench, pipeline)
     rclone_server.client().put_object(Bucket=BUCKET, Key=ORIGINAL, Body=b"a stranger's")
     before = told(bench)
