@@ -496,6 +496,6 @@ def test_100_000_directories_are_no_hindrance(tmp_path: Path, rclone_server: Rcl
     directories = sum(len(inner) for _, inner, _ in os.walk(site.root))
     site.demand_nothing_stale(written)
     record(
-        "kernel-directories", directories=directories, watches=watches, files=len(written), lost=lost(site, written),
+        "kernel-directories", watches=f"{watches:,}", directories=directories, files=len(written), lost=lost(site, written),
         ready_s=round(ready_s, 1), sweep_s=swept["elapsed_s"], uploaded_s=round(took_s, 1), resident_mb=round(memory_mb),
     )  # fmt: skip
