@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -136,25 +136,25 @@ class Cleaner:
     def _may_go(self, claim: Claim) -> Due | None:
         """See that what was stored is still there, and is there to stay; where local files stay, only if there is a doubt."""
         now = self._clock.now()
-        doubts = self._ledger.doubts(claim)
+        known = self._ledger.clearance(claim)
+        doubts = known.doubts
         left_s = max(map(self._doubts.left_s, doubts.items()), default=0.0)
         if left_s > 0:
             return Due(left_s, "doubt")
         if not doubts and not self._rules.deletes:
             return None
-        stored_at = self._ledger.stored_moment(claim) or now
+        stored_at = known.stored_at or now
         if self._rules.deletes and now < stored_at + self._rules.keep_for_s:
             return Due(stored_at + self._rules.keep_for_s - now, "keep_for")
-        self._demand_proofs(claim, set(doubts))
+        self._demand_proofs(claim, known.proofs, set(doubts))
         if doubts:
             self._ledger.settle_doubts(claim, doubts, before=max(doubts.values()))
             self._doubts.forget(doubts.items())
         return None
 
-    def _demand_proofs(self, claim: Claim, doubtful: set[str]) -> None:
+    def _demand_proofs(self, claim: Claim, proofs: Sequence[Proof], doubtful: set[str]) -> None:
         """Renew by HEAD every proof that is older than an hour or was in doubt (rules 5 and 6)."""
         now = self._clock.now()
-        proofs = self._ledger.proofs(claim)
         lying = {file.digest for file in claim.batch.uploads if not file.is_gone}
         known = {proof.digest for proof in proofs}
         # An object whose local file has gone cannot be put again, so nobody asks for it.

@@ -103,8 +103,9 @@ class Pipeline:
             self._ledger.mark_hashed(claim, marker, parts.uploader.hash(marker).sha256)
         puts = self._ledger.intend(claim, puts)
         results = parts.uploader.put(puts, on_upload=lambda put, upload: self._ledger.note_upload(put.intent, upload))
-        self._ledger.answered(results)
-        _raise_worst(results)
+        if any(result.answer is not Answer.CONFIRMED for result in results):
+            self._ledger.answered(results)
+            _raise_worst(results)
         elapsed_s = self._clock.monotonic() - began
         return self._ledger.stored(claim, results, replaced_after_s=parts.replaced_after_s, elapsed_s=elapsed_s)
 

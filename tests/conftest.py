@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -36,8 +37,11 @@ def no_process_is_left() -> Iterator[None]:
 
 
 def _children(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that ends meanwhile leaves its children to another
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def _command_line(pid: int) -> str:

@@ -920,7 +920,7 @@ def test_rule_6_local_files_stay_until_an_older_doubt_is_over(real: Bench, rclon
 
     assert ("doubt", [ORIGINAL]) == (due.waiting_for, while_in_doubt)
     assert 890 < due.in_s <= 900
-    assert ([], "done", {}) == (real.files(), real.state(), real.ledger.doubts(claim))
+    assert ([], "done", {}) == (real.files(), real.state(), real.ledger.clearance(claim).doubts)
 
 
 def test_rule_6_what_an_older_put_overwrote_after_all_is_put_again(real: Bench, rclone_server: RcloneServer) -> None:
@@ -969,7 +969,7 @@ def test_rule_6_local_files_that_stay_are_asked_about_no_more_once_a_doubt_is_se
     rclone_server.stop()
 
     assert [None, None] == [settled, cleaner.clear(claim)]
-    assert ({}, [ORIGINAL]) == (real.ledger.doubts(claim), real.files())
+    assert ({}, [ORIGINAL]) == (real.ledger.clearance(claim).doubts, real.files())
 
 
 @pytest.mark.parametrize("jump_s", [4000.0, -4000.0])

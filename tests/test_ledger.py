@@ -1039,7 +1039,7 @@ def test_rule_6_a_put_under_way_when_its_claim_runs_out_is_in_doubt(bench: Bench
 
 
 def doubts(bench: Bench, claim: Claim) -> set[str]:
-    return set(bench.ledger.doubts(claim))
+    return set(bench.ledger.clearance(claim).doubts)
 
 
 def test_rule_6_an_older_doubt_of_other_content_is_a_doubt_of_the_newer_version(bench: Bench) -> None:
@@ -1112,7 +1112,7 @@ def test_rule_6_an_answer_that_comes_after_a_newer_put_began_leaves_the_order_un
 
     bench.ledger.answered(confirmed(late))
 
-    [(key, since)] = bench.ledger.doubts(claim).items()
+    [(key, since)] = bench.ledger.clearance(claim).doubts.items()
     assert f"{RECORD}/original/cat.jpg" == key
     assert bench.clock.now() - 10 < since
 
@@ -1832,6 +1832,26 @@ def test_what_is_met_is_not_elsewhere_any_more_and_the_rest_still_is_whatever_th
 # The database itself
 
 
+def indexes(engine: sqlalchemy.Engine) -> dict[str, str]:
+    """Return what each index was made with, without what does not tell one from another."""
+    with engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+        return {row.name: re.sub(r"batch\.|\s", "", row.sql) for row in rows}
+
+
+def test_the_migrations_make_exactly_the_indexes_that_queries_need(bench: Bench) -> None:
+    """Alembic does not compare those on expressions."""
+    migrated = sqlalchemy.create_engine(f"sqlite:///{bench.ledger_file}")
+    made = sqlalchemy.create_engine("sqlite://", poolclass=sqlalchemy.StaticPool)
+    schema.metadata.create_all(made)
+
+    assert indexes(made) == indexes(migrated)
+
+    migrated.dispose()
+    made.dispose()
+
+
+@pytest.mark.filterwarnings("ignore:.*expression-based index")
 def test_the_migrations_make_exactly_the_schema_that_queries_need(bench: Bench) -> None:
     engine = sqlalchemy.create_engine(f"sqlite:///{bench.ledger_file}")
 
@@ -1848,6 +1868,28 @@ def test_the_migrations_make_exactly_the_schema_that_queries_need(bench: Bench) 
 def pragma(ledger: Ledger, name: str) -> Any:
     with ledger.read() as connection:
         return connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+
+
+@pytest.mark.parametrize(("uploads_first", "index"), [(True, "batch_uploads"), (False, "batch_rest")])
+def test_what_is_claimed_next_costs_the_same_however_many_wait(bench: Bench, uploads_first: bool, index: str) -> None:
+    """The one index has them in their order, the record is found by its number, and nothing is sorted."""
+    plans: list[list[str]] = []
+
+    def explain(connection: sqlalchemy.Connection, _: Any, statement: str, parameters: Any, *others: Any) -> None:
+        if "LIMIT" in statement and "held" in statement:
+            cursor = connection.connection.cursor()
+            plans.append([row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)])
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", explain)
+    try:
+        bench.ledger.claim("me", [bench.spool.name], lease_s=60, crashes=3, uploads_first=uploads_first)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", explain)
+
+    plan = plans[0]
+    assert plan[0].startswith(f"SEARCH batch USING INDEX {index} (")
+    assert "SEARCH record USING INTEGER PRIMARY KEY (rowid=?)" in plan
+    assert [] == [step for step in plan if step.startswith("SCAN") or "TEMP B-TREE" in step]
 
 
 def test_every_commit_is_durable(bench: Bench) -> None:

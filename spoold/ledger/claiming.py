@@ -6,16 +6,25 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sqlalchemy import Row, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import Connection, Float, Integer, Row, Select, and_, bindparam, delete, exists, insert, or_, select, update
 
 from spoold.clock import Clock
 from spoold.errors import ClaimLost, Crashed, LedgerUnavailable, SpooldError
 from spoold.ledger.database import Transaction
-from spoold.ledger.schema import batch, batch_file, claim, held, intent, record
+from spoold.ledger.schema import (
+    IS_NOT_PENDING,
+    IS_PENDING,
+    PUT_BACK_S,
+    QUEUED_AT,
+    batch,
+    batch_file,
+    claim,
+    held,
+    intent,
+    record,
+)
 from spoold.ledger.watching import Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
-
-_PUT_BACK_S = 60.0  # in the order of the queue; nothing waits longer for it
 
 
 class Claiming(Watching):
@@ -37,13 +46,14 @@ class Claiming(Watching):
         process that died is under suspicion, and an owner walks one such batch at a time: so the innocent end in good order,
         and only the one that kills is counted again.
         """
-        names = list(spools)
+        asked = {"owner": owner, "spools": list(spools), "crashes": crashes}
+        order = (_UPLOAD_DUE, _CLEARING_DUE) if uploads_first else (_CLEARING_DUE, _UPLOAD_DUE)
         with self.read() as connection:  # idle workers ask often: they must not queue up to write
-            if connection.execute(_due(self._clock.now(), owner, names, lease_s, crashes, uploads_first)).first() is None:
+            if _first_due(connection, order, asked, now=self._clock.now(), lease_s=lease_s) is None:
                 return None
         with self._unless_unsure() as taken, self.write() as change:
             while True:
-                row = change.execute(_due(change.now, owner, names, lease_s, crashes, uploads_first)).first()
+                row = _first_due(change.connection, order, asked, now=change.now, lease_s=lease_s)
                 if row is None:
                     return None
                 self._taking(taken, row.record_key, row.fence + 1)
@@ -59,28 +69,23 @@ class Claiming(Watching):
 
     def _take_over(self, change: Transaction, key: int) -> None:
         """Whoever had this record's claim is dead or frozen: what it had under way may still land (rule 6)."""
-        change.execute(delete(claim).where(claim.c.record_key == key))
-        change.execute(
-            update(intent)
-            .where(intent.c.record_key == key, intent.c.answer.is_(None))
-            .values(answer=Answer.DOUBT, doubt_at=change.now)
-        )
+        change.execute(_FREE, {"of_record": key})
+        change.execute(_DOUBT_WHAT_IS_OPEN, {"of_record": key, "doubt_at": change.now})
 
     def _claimed(self, change: Transaction, row: Row[Any], owner: str, lease_s: float) -> Claim:
         until = change.now + lease_s
         fence = row.fence + 1
-        change.execute(update(record).where(record.c.id == row.record_key).values(fence=fence))
-        change.execute(
-            insert(claim),
-            {"record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": fence, "until": until},
-        )
-        if row.state == State.PENDING:
-            change.execute(update(batch).where(batch.c.id == row.id).values(crashes=row.crashes + 1))
-            self._touched(change, row.record_key)
-        event = "batch.claimed" if row.state == State.PENDING else "batch.resumed"
-        attempt = row.attempts + 1 if row.state == State.PENDING else None
+        is_pending = row.state == State.PENDING
+        updated_at = change.at if is_pending else row.updated_at
+        change.execute(_SET_FENCE, {"of_record": row.record_key, "fence": fence, "updated_at": updated_at})
+        taken = {"record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": fence, "until": until}
+        change.execute(_INSERT_CLAIM, taken)
+        if is_pending:
+            change.execute(_SET_CRASHES, {"of_batch": row.id, "crashes": row.crashes + 1})
+        event = "batch.claimed" if is_pending else "batch.resumed"
+        attempt = row.attempts + 1 if is_pending else None
         change.tell(event, record_key=row.record_key, batch=row.id, spool=row.spool, record=row.path, attempt=attempt)
-        files = change.execute(select(batch_file).where(batch_file.c.batch_id == row.id).order_by(batch_file.c.id))
+        files = change.execute(FILES_OF_BATCH, {"of_batch": row.id})
         claimed = Batch(
             row.id, row.spool, row.record_key, row.path, row.attachment, row.record_id, State(row.state), row.version,
             row.attempts, tuple(batch_file_of(file) for file in files),
@@ -163,29 +168,30 @@ class Claiming(Watching):
 
     # What every change made by a walk has in common
 
-    def _is_mine(self, change: Transaction, mine: Claim) -> bool:
-        row = change.execute(select(claim).where(claim.c.record_key == mine.batch.record_key)).first()
-        return row is not None and (row.owner, row.fence) == (mine.owner, mine.fence)
+    def _standing(self, change: Transaction, mine: Claim) -> str | None:
+        """Return the state of the batch now; None if its claim is not ours any more."""
+        asked = {"of_record": mine.batch.record_key, "of_batch": mine.batch.id}
+        row = change.execute(_STANDING, asked).first()
+        return row.state if row is not None and (row.owner, row.fence) == (mine.owner, mine.fence) else None
 
-    def _demand(self, change: Transaction, mine: Claim, *, even_superseded: bool = False) -> None:
-        """Raise ClaimLost unless the claim is live and, but where said, the batch still counts."""
-        if not self._is_mine(change, mine):
+    def _demand(self, change: Transaction, mine: Claim, *, even_superseded: bool = False) -> str:
+        """Return the state of the batch; raise ClaimLost unless its claim is live and, but where said, the batch counts."""
+        state = self._standing(change, mine)
+        if state is None:
             raise ClaimLost(f"walk {mine.batch.record}: its claim was taken over")
-        state = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).scalar_one()
         if state == State.SUPERSEDED and mine.batch.state is not State.SUPERSEDED and not even_superseded:
             raise ClaimLost(f"walk {mine.batch.record}: a newer batch took its place")
+        return state
 
-    def _end(self, change: Transaction, mine: Claim, **values: Any) -> None:
-        """End the walk in good order: the claim is free, and no crash is counted."""
-        change.execute(delete(claim).where(claim.c.record_key == mine.batch.record_key))
-        state = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).scalar_one()
-        if state == State.SUPERSEDED:
+    def _end(self, change: Transaction, mine: Claim, was: str, **values: Any) -> None:
+        """End the walk of a batch whose state is `was` in good order: the claim is free, and no crash is counted."""
+        change.execute(_FREE, {"of_record": mine.batch.record_key})
+        if was == State.SUPERSEDED:
             values = {name: values[name] for name in ("due_at", "waiting_for") if name in values}
-            aside = select(batch_file.c.id).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.aside_name.is_not(None))
             waits_for_dirs = values.get("waiting_for") == "dirs"  # of what it set aside; nobody else may know of them
-            if not waits_for_dirs and change.execute(aside.limit(1)).first() is None:
+            if not waits_for_dirs and change.execute(_ANY_ASIDE, {"of_batch": mine.batch.id}).first() is None:
                 values["due_at"] = None
-        change.execute(update(batch).where(batch.c.id == mine.batch.id).values(crashes=0, **values))
+        change.execute(CHANGE_BATCH, {"of_batch": mine.batch.id, "crashes": 0, **values})
 
     def _bury(self, change: Transaction, identifier: int, key: int, spool: str, path: str, fault: SpooldError) -> None:
         values = {
@@ -235,32 +241,72 @@ class Claiming(Watching):
             return {row.spool: row for row in connection.execute(select(held))}
 
 
-def _due(  # type: ignore[no-untyped-def]  # spells out every column
-    now: float, owner: str, spools: list[str], lease_s: float, crashes: int, uploads_first: bool
-):
-    """Select the batch that may be claimed next: of the kind that is wanted first, then by due time.
+# The statements of every walk: made once, since making one costs several times what running it does.
+
+FILES_OF_BATCH = select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch")).order_by(batch_file.c.id)
+
+_STANDING = (
+    select(claim.c.owner, claim.c.fence, batch.c.state)
+    .join(batch, batch.c.record_key == claim.c.record_key)
+    .where(claim.c.record_key == bindparam("of_record"), batch.c.id == bindparam("of_batch"))
+)
+_ANY_ASIDE = (
+    select(batch_file.c.id).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.aside_name.is_not(None)).limit(1)
+)
+_FREE = delete(claim).where(claim.c.record_key == bindparam("of_record"))
+_INSERT_CLAIM = insert(claim)
+_SET_FENCE = update(record).where(record.c.id == bindparam("of_record"))
+_SET_CRASHES = update(batch).where(batch.c.id == bindparam("of_batch"))
+CHANGE_BATCH = update(batch).where(batch.c.id == bindparam("of_batch"))
+_DOUBT_WHAT_IS_OPEN = (
+    update(intent)
+    .where(intent.c.record_key == bindparam("of_record"), intent.c.answer.is_(None))
+    .values(answer=Answer.DOUBT, doubt_at=bindparam("doubt_at"))
+)
+
+
+def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every column
+    """Select the batch of this kind that may be claimed next, by due time.
 
     A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
     Each crash puts a batch back in the queue, so that it is not the same one that is under way whenever we are killed.
+    The partial indexes `batch_uploads` and `batch_rest` are in this order, so that it costs the same however many wait.
     """
-    live = exists().where(claim.c.record_key == record.c.id, claim.c.until > now, claim.c.until <= now + 2 * lease_s)
-    suspected = and_(batch.c.state == State.PENDING, batch.c.crashes > 0, batch.c.crashes < crashes)
-    walked = batch.alias()  # counted once more when it was claimed
-    one_is_walked = exists().where(
-        claim.c.batch_id == walked.c.id, claim.c.owner == owner, claim.c.until > now, walked.c.crashes > 1
-    )
-    return (
-        select(batch, record.c.spool, record.c.path, record.c.attachment, record.c.record_id, record.c.fence)
-        .join(record, record.c.id == batch.c.record_key)
-        .where(batch.c.due_at <= now, record.c.spool.in_(spools), ~live, ~exists().where(held.c.spool == record.c.spool))
-        .where(or_(~suspected, ~one_is_walked))
-        .order_by(
-            (batch.c.state != State.PENDING) if uploads_first else (batch.c.state == State.PENDING),
-            batch.c.due_at + batch.c.crashes * _PUT_BACK_S,
-            batch.c.id,
+    now, crashes = bindparam("now", type_=Float), bindparam("crashes", type_=Integer)
+    live = exists().where(claim.c.record_key == record.c.id, claim.c.until > now, claim.c.until <= bindparam("lapses"))
+    is_held = exists().where(held.c.spool == record.c.spool)
+    spool = record.c.spool.concat("")  # not by the index on spool and path, which would meet every record there ever was
+    due = (
+        select(
+            batch, record.c.spool, record.c.path, record.c.attachment, record.c.record_id, record.c.fence, record.c.updated_at
         )
+        .join(record, record.c.id == batch.c.record_key)
+        .where(batch.c.due_at <= now, spool.in_(bindparam("spools", expanding=True)), ~live, ~is_held)
         .limit(1)
     )
+    if not uploads:
+        return due.where(IS_NOT_PENDING).order_by(batch.c.due_at, batch.c.id)
+    suspected = and_(batch.c.crashes > 0, batch.c.crashes < crashes)
+    walked = batch.alias()  # counted once more when it was claimed
+    one_is_walked = exists().where(
+        claim.c.batch_id == walked.c.id, claim.c.owner == bindparam("owner"), claim.c.until > now, walked.c.crashes > 1
+    )
+    at_most = now + crashes * PUT_BACK_S
+    return due.where(IS_PENDING, QUEUED_AT <= at_most, or_(~suspected, ~one_is_walked)).order_by(QUEUED_AT, batch.c.id)
+
+
+_UPLOAD_DUE = _due(uploads=True)
+_CLEARING_DUE = _due(uploads=False)
+
+
+def _first_due(
+    connection: Connection, order: Iterable[Select[Any]], asked: dict[str, Any], *, now: float, lease_s: float
+) -> Row[Any] | None:
+    for statement in order:
+        row = connection.execute(statement, {**asked, "now": now, "lapses": now + 2 * lease_s}).first()
+        if row is not None:
+            return row
+    return None
 
 
 def batch_file_of(row: Row[Any]) -> BatchFile:

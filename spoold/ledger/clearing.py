@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, and_, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, bindparam, delete, exists, func, insert, select, update
 
 from spoold.ledger.claiming import batch_file_of
 from spoold.ledger.schema import about, batch, batch_file, intent, key_owner, object_, record, replaced
@@ -34,6 +34,20 @@ class Proof:
     checksum: str | None
     version_id: str | None
     proven_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Clearance:
+    """What the ledger knows of a batch that decides whether its files may go.
+
+    stored_at: when it was proven in the bucket, seconds since the epoch; None if it never was.
+    doubts: its keys that an older PUT or DELETE of other content may still change, and since when it may.
+    proofs: the live objects that its files are.
+    """
+
+    stored_at: float | None
+    doubts: Mapping[str, float]
+    proofs: Sequence[Proof]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,48 +84,27 @@ class Clearing(Walking):
 
     # Before letting go
 
-    def stored_moment(self, mine: Claim) -> float | None:
-        """Return when the batch was proven in the bucket, in seconds since the epoch; None if it never was."""
+    def clearance(self, mine: Claim) -> Clearance:
+        """Return what decides whether the batch's files may go."""
         with self.read() as connection:
-            return connection.execute(select(batch.c.stored_moment).where(batch.c.id == mine.batch.id)).scalar()
-
-    def proofs(self, mine: Claim) -> list[Proof]:
-        """Return the live objects that this batch's files are."""
-        statement = (
-            select(object_)
-            .join(batch_file, and_(batch_file.c.bucket == object_.c.bucket, batch_file.c.key == object_.c.key))
-            .where(batch_file.c.batch_id == mine.batch.id, batch_file.c.digest == object_.c.digest)
-        )
-        with self.read() as connection:
-            return [
-                Proof(
-                    row.style, row.bucket, row.key, row.digest, row.md5, row.etag, row.size, row.checksum_algorithm,
-                    row.checksum, row.version_id, row.proven_at,
-                )
-                for row in connection.execute(statement)
-            ]  # fmt: skip
+            asked = {"of_batch": mine.batch.id}
+            return Clearance(
+                stored_at=connection.execute(_STORED_MOMENT, asked).scalar(),
+                doubts={row.key: row.since for row in connection.execute(_DOUBTS, asked)},
+                proofs=[
+                    Proof(
+                        row.style, row.bucket, row.key, row.digest, row.md5, row.etag, row.size, row.checksum_algorithm,
+                        row.checksum, row.version_id, row.proven_at,
+                    )
+                    for row in connection.execute(_PROOFS, asked)
+                ],
+            )  # fmt: skip
 
     def renew_proofs(self, mine: Claim, keys: Iterable[str]) -> None:
         """Write down that these keys were just seen to hold what was stored."""
         with self.write() as change:
             where = and_(object_.c.record_key == mine.batch.record_key, object_.c.key.in_(list(keys)))
             change.execute(update(object_).where(where).values(proven_at=change.now))
-
-    def doubts(self, mine: Claim) -> dict[str, float]:
-        """Return the batch's keys that an older PUT or DELETE of other content may still change, and since when it may."""
-        mine_now = select(batch_file.c.key, batch_file.c.bucket, batch_file.c.digest).where(
-            batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None)
-        )
-        files = mine_now.subquery()
-        other = intent.c.digest.is_distinct_from(files.c.digest)
-        statement = (
-            select(intent.c.key, func.max(intent.c.doubt_at).label("since"))
-            .join(files, and_(files.c.key == intent.c.key, files.c.bucket == intent.c.bucket))
-            .where(intent.c.doubt_at.is_not(None), other)
-            .group_by(intent.c.key)
-        )
-        with self.read() as connection:
-            return {row.key: row.since for row in connection.execute(statement)}
 
     def settle_doubts(self, mine: Claim, keys: Iterable[str], *, before: float) -> None:
         """The time in which these keys' doubtful PUTs could land is over, and what they hold was looked at."""
@@ -164,9 +157,11 @@ class Clearing(Walking):
         """Write down, before it is done, that files are renamed to their `aside_name` in `.spoold/aside/`."""
         with self.write() as change:
             self._demand(change, mine)
+            changed = []
             for file in files:
-                change.execute(update(batch_file).where(batch_file.c.id == file.id).values(aside_name=file.aside_name))
+                changed.append({"of_file": file.id, "aside_name": file.aside_name})
                 self._tell(change, mine, "file.set_aside", path=file.file.path)
+            change.execute(_CHANGE_FILE, changed)
 
     def not_aside(self, file: BatchFile) -> None:
         """The file does not lie aside after all, but where it lay."""
@@ -212,10 +207,12 @@ class Clearing(Walking):
     def let_go(self, mine: Claim, files: Iterable[BatchFile], *, deleted: bool) -> None:
         """These files are no business of the batch any more: deleted, or not there any more."""
         with self.write() as change:
+            changed = []
             for file in files:
-                change.execute(update(batch_file).where(batch_file.c.id == file.id).values(is_gone=True, aside_name=None))
+                changed.append({"of_file": file.id, "is_gone": True, "aside_name": None})
                 if deleted:
                     self._tell(change, mine, "file.deleted", path=file.file.path)
+            change.execute(_CHANGE_FILE, changed)
 
     def aside_file(self, batch_id: int, file_id: int) -> Aside | None:
         """Return what the ledger knows of a file by the batch and the number in its name."""
@@ -349,6 +346,24 @@ class Clearing(Walking):
             change.execute(delete(key_owner).where(key_owner.c.bucket == key.bucket, key_owner.c.key == key.key))
             change.execute(delete(intent).where(intent.c.bucket == key.bucket, intent.c.key == key.key, intent.c.kind == "put"))
             change.tell("object.deleted", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key)
+
+
+# The statements of every walk: made once, since making one costs several times what running it does.
+
+_STORED_MOMENT = select(batch.c.stored_moment).where(batch.c.id == bindparam("of_batch"))
+_PROOFS = (
+    select(object_)
+    .join(batch_file, and_(batch_file.c.bucket == object_.c.bucket, batch_file.c.key == object_.c.key))
+    .where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.digest == object_.c.digest)
+)
+_DOUBTS = (
+    select(intent.c.key, func.max(intent.c.doubt_at).label("since"))
+    .join(batch_file, and_(batch_file.c.key == intent.c.key, batch_file.c.bucket == intent.c.bucket))
+    .where(batch_file.c.batch_id == bindparam("of_batch"))
+    .where(intent.c.doubt_at.is_not(None), intent.c.digest.is_distinct_from(batch_file.c.digest))
+    .group_by(intent.c.key)
+)
+_CHANGE_FILE = update(batch_file).where(batch_file.c.id == bindparam("of_file"))
 
 
 def _doubt_at(bucket: ColumnElement[str] | str, key: ColumnElement[str] | str) -> ScalarSelect[float | None]:

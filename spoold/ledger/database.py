@@ -43,6 +43,8 @@ REBUILT_AT = "rebuilt at"
 _STEADY_S = 5.0
 _CONNECT_ARGS: dict[str, Any] = {"timeout": 10.0, "check_same_thread": False}
 
+_INSERT_HISTORY = insert(schema.history)
+
 _UNTOLD = {"file.set_aside", "file.deleted", "batch.resumed"}  # not worth a row in the history
 
 
@@ -53,6 +55,7 @@ class Transaction:
     connection: Connection
     now: float
     lines: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    _history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def at(self) -> str:
@@ -67,14 +70,13 @@ class Transaction:
         self.lines.append((event, line))
         if event not in _UNTOLD:
             detail = {name: value for name, value in line.items() if name not in ("spool", "record", "batch")}
-            row = {
-                "at": self.at,
-                "record_key": record_key,
-                "batch_id": batch,
-                "event": event,
-                "detail": json.dumps(detail),
-            }
-            self.connection.execute(insert(schema.history), row)
+            row = {"at": self.at, "record_key": record_key, "batch_id": batch, "event": event, "detail": json.dumps(detail)}
+            self._history.append(row)
+
+    def write_history(self) -> None:
+        """Write down what was told: the last thing before the commit."""
+        if self._history:
+            self.connection.execute(_INSERT_HISTORY, self._history)
 
 
 class Database:
@@ -129,6 +131,7 @@ class Database:
                         self._demand_same_file()  # only now can no other daemon be putting it back
                         change = Transaction(connection, self._clock.now())
                         yield change
+                        change.write_history()
             except LedgerUnavailable as fault:
                 self._tell_trouble(fault)
                 raise

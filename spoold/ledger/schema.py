@@ -17,12 +17,14 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    literal_column,
 )
 from sqlalchemy import false as sql_false
 
 metadata = MetaData()
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest migration; the ledger is brought up to it at start."""
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -93,9 +95,22 @@ batch = Table(
     Column("stored_at", Text),
     Column("stored_moment", Float),
     Column("done_at", Text),
-    Index("batch_due", "due_at"),
     Index("batch_record", "record_key"),
 )
+
+PUT_BACK_S = 60.0
+"""How far each crash puts a pending batch back in the queue; nothing waits longer for it, where nothing else is due."""
+
+IS_PENDING = batch.c.state == literal_column("'pending'")  # spelled out, or the partial indexes are of no use
+IS_NOT_PENDING = batch.c.state != literal_column("'pending'")
+QUEUED_AT = batch.c.due_at + batch.c.crashes * literal_column(str(PUT_BACK_S))
+
+Index("batch_uploads", QUEUED_AT, batch.c.id, sqlite_where=IS_PENDING, postgresql_where=IS_PENDING)
+Index(
+    "batch_rest", batch.c.due_at, batch.c.id,
+    sqlite_where=and_(IS_NOT_PENDING, batch.c.due_at.is_not(None)),
+    postgresql_where=and_(IS_NOT_PENDING, batch.c.due_at.is_not(None)),
+)  # fmt: skip
 
 batch_file = Table(
     "batch_file",

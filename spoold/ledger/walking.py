@@ -6,14 +6,14 @@ Every change made by a walk is a compare-and-set that also demands its live clai
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, update
+from sqlalchemy import BindParameter, Connection, Row, Select, and_, bindparam, delete, func, insert, or_, select, update
 
 from spoold.clock import iso
-from spoold.errors import KeyTaken, SpooldError
-from spoold.ledger.claiming import Claiming, batch_file_of
+from spoold.errors import ClaimLost, KeyTaken, SpooldError
+from spoold.ledger.claiming import CHANGE_BATCH, FILES_OF_BATCH, Claiming, batch_file_of
 from spoold.ledger.database import REBUILT_AT, Transaction
 from spoold.ledger.schema import (
     FOUND,
@@ -59,21 +59,21 @@ class Walking(Claiming):
         it is put, and what may be under way to it counts as a doubt.
         Raises KeyTaken if a key belongs to another record, and ClaimLost.
         """
-        intended = []
+        intended: list[Put] = []
         with self.write() as change:
             self._demand(change, mine)
             is_new = False
             rebuilt_at = self._rebuilt_at(change.connection)
+            self._take_keys(change, mine, puts)
+            pasts = _by_key(change, _INTENTS_OF_KEYS, puts)
+            begun: list[tuple[int, dict[str, Any]]] = []
             for put in puts:
-                self._take_key(change, mine, put)
-                past = change.execute(
-                    select(intent).where(intent.c.bucket == put.bucket, intent.c.key == put.key).order_by(intent.c.id.desc())
-                ).all()
+                past = pasts.get((put.bucket, put.key), [])
                 put = self._with_abandoned(change, put, past)
                 is_new = is_new or not past or past[0].digest != put.digests.sha256
                 in_doubt = any(row.digest != put.digests.sha256 and row.doubt_at is not None for row in past)
                 if past and past[0].answer == Answer.CONFIRMED and past[0].digest == put.digests.sha256 and not in_doubt:
-                    intended.append(dataclasses.replace(put, adopted=_stored_object(past[0]), intent=past[0].id))
+                    put = dataclasses.replace(put, adopted=_stored_object(past[0]), intent=past[0].id)
                 else:
                     row = {
                         "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "kind": "put", "bucket": put.bucket,
@@ -85,19 +85,24 @@ class Walking(Claiming):
                             change.execute(insert(intent), doubt)
                         was_sent = any(row.answer != Answer.REFUSED and row.digest is not None for row in past)
                         put = dataclasses.replace(put, is_sought=not was_sent)
-                    identifier = change.execute(insert(intent).returning(intent.c.id), row).scalar_one()
-                    intended.append(dataclasses.replace(put, intent=identifier))
-                change.execute(
-                    update(batch_file)
-                    .where(batch_file.c.id == put.file.id)
-                    .values(digest=put.digests.sha256, bucket=put.bucket, key=put.key)
-                )
+                    begun.append((len(intended), row))
+                intended.append(put)
+            if begun:
+                identifiers = change.execute(_BEGIN_INTENTS, [row for _, row in begun]).scalars()
+                for (place, _), identifier in zip(begun, identifiers, strict=True):
+                    intended[place] = dataclasses.replace(intended[place], intent=identifier)
+            if intended:
+                hashed = [
+                    {"of_file": put.file.id, "digest": put.digests.sha256, "bucket": put.bucket, "key": put.key}
+                    for put in intended
+                ]  # fmt: skip
+                change.execute(_NOTE_DIGEST, hashed)
             self._set_version(change, mine, is_new)
         return intended
 
     def _rebuilt_at(self, connection: Connection) -> float:
         """Return when this ledger was begun in the place of one that was lost, seconds since the epoch; -inf if it was not."""
-        rebuilt_at = connection.execute(select(about.c.value).where(about.c.name == REBUILT_AT)).scalar()
+        rebuilt_at = connection.execute(_REBUILT_AT).scalar()
         return float("-inf") if rebuilt_at is None else float(rebuilt_at)
 
     def _with_abandoned(self, change: Transaction, put: Put, past: Sequence[Row[Any]]) -> Put:
@@ -109,16 +114,14 @@ class Walking(Claiming):
 
     def _set_version(self, change: Transaction, mine: Claim, is_new: bool) -> None:
         """New content of the record, by digest, is a new version; the same bytes again are not."""
-        key = mine.batch.record_key
-        version = change.execute(select(record.c.version).where(record.c.id == key)).scalar_one() + is_new
-        change.execute(update(record).where(record.c.id == key).values(version=version))
-        change.execute(update(batch).where(batch.c.id == mine.batch.id).values(version=version))
+        version = change.execute(_VERSION_OF, {"of_record": mine.batch.record_key}).scalar_one() + is_new
+        change.execute(_CHANGE_RECORD, {"of_record": mine.batch.record_key, "version": version})
+        change.execute(CHANGE_BATCH, {"of_batch": mine.batch.id, "version": version})
 
     def live_fingerprint(self, mine: Claim) -> str | None:
         """Return the MD5 of the record's live original, hex, if it has one."""
-        statement = select(object_.c.md5).where(object_.c.record_key == mine.batch.record_key, object_.c.style == ORIGINAL)
         with self.read() as connection:
-            return connection.execute(statement.order_by(object_.c.id.desc()).limit(1)).scalar()
+            return connection.execute(_LIVE_FINGERPRINT, {"of_record": mine.batch.record_key}).scalar()
 
     def was_taken_as_is(self, mine: Claim) -> bool:
         """Say whether a person had the batch taken as it lies."""
@@ -132,18 +135,21 @@ class Walking(Claiming):
             self._demand(change, mine)
             change.execute(update(batch_file).where(batch_file.c.id == file.id).values(digest=digest))
 
-    def _take_key(self, change: Transaction, mine: Claim, put: Put) -> None:
-        where = and_(key_owner.c.bucket == put.bucket, key_owner.c.key == put.key)
-        owner = change.execute(select(key_owner.c.record_key).where(where)).scalar()
-        if owner is None:
-            change.execute(insert(key_owner), {"bucket": put.bucket, "key": put.key, "record_key": mine.batch.record_key})
-        elif owner != mine.batch.record_key:
-            other = change.execute(select(record.c.spool, record.c.path).where(record.c.id == owner)).one()
-            raise KeyTaken(
-                f"put {put.file.file.path}: its key {put.key} in bucket {put.bucket} belongs to record {other.path} "
-                f"of spool {other.spool}",
-                hint="give the spool a `key` that tells the two apart, or remove one of the two records",
-            )
+    def _take_keys(self, change: Transaction, mine: Claim, puts: Sequence[Put]) -> None:
+        owned = _by_key(change, _OWNERS_OF_KEYS, puts)
+        for put in puts:
+            owner = next((row.record_key for row in owned.get((put.bucket, put.key), [])), None)
+            if owner not in (None, mine.batch.record_key):
+                other = change.execute(select(record.c.spool, record.c.path).where(record.c.id == owner)).one()
+                raise KeyTaken(
+                    f"put {put.file.file.path}: its key {put.key} in bucket {put.bucket} belongs to record {other.path} "
+                    f"of spool {other.spool}",
+                    hint="give the spool a `key` that tells the two apart, or remove one of the two records",
+                )
+        free = {(put.bucket, put.key) for put in puts} - set(owned)
+        if free:
+            taken = [{"bucket": bucket, "key": key, "record_key": mine.batch.record_key} for bucket, key in sorted(free)]
+            change.execute(_TAKE_KEY, taken)
 
     def note_upload(self, identifier: int, upload_id: str) -> None:
         """Write down a multipart upload before its first part goes out."""
@@ -157,76 +163,89 @@ class Walking(Claiming):
         counts as a doubt that has just ended.
         """
         with self.write() as change:
-            for result in results:
-                row = change.execute(select(intent).where(intent.c.id == result.put.intent)).first()
-                if row is None or result.put.adopted is not None:
-                    continue
-                newer = select(intent.c.id).where(intent.c.bucket == row.bucket, intent.c.key == row.key, intent.c.id > row.id)
-                overtaken = change.execute(newer.limit(1)).first() is not None
-                values: dict[str, Any] = {"answer": result.answer, "doubt_at": result.doubt_at}
-                if overtaken and result.answer is not Answer.REFUSED:
-                    values["doubt_at"] = change.now
-                if result.stored is not None:
-                    values |= _proof_columns(result.stored) | {"proven_at": change.now}
-                change.execute(update(intent).where(intent.c.id == row.id).values(**values))
+            self._answered(change, list(results))
+
+    def _answered(self, change: Transaction, results: Sequence[PutResult]) -> None:
+        sent = [result for result in results if result.put.adopted is None]
+        newest = {place: rows[0].id for place, rows in _by_key(change, _NEWEST_INTENTS, [r.put for r in sent]).items()}
+        answers, proofs = [], []
+        for result in sent:
+            put = result.put
+            overtaken = newest.get((put.bucket, put.key), 0) > put.intent
+            values = {"of_intent": put.intent, "answer": result.answer, "doubt_at": result.doubt_at}
+            if overtaken and result.answer is not Answer.REFUSED:
+                values["doubt_at"] = change.now
+            if result.stored is None:
+                answers.append(values)
+            else:
+                proofs.append(values | _proof_columns(result.stored) | {"proven_at": change.now})
+        for rows in filter(None, (answers, proofs)):
+            change.execute(_CHANGE_INTENT, rows)
 
     def stored(self, mine: Claim, results: Sequence[PutResult], *, replaced_after_s: float | None, elapsed_s: float) -> Claim:
         """Everything of the batch is proven in the bucket: from here on the bucket is the truth. Return the claim as it is now.
 
+        What the store said is written down with it, and also if the claim is lost.
         replaced_after_s: how long keys outlive what a newer original put in their place; None keeps them for ever.
         """
-        with self.write() as change:
-            self._demand(change, mine)
-            originals = [r.put for r in results if r.put.file.file.style == ORIGINAL and not r.was_there]
-            has_new_original = any(self._live_digest(change, put) != put.digests.sha256 for put in originals)
-            for result in results:
-                assert result.stored is not None, "only proven objects are live"
-                self._live(change, mine, result.put, result.stored)
-            if has_new_original and replaced_after_s is not None:
-                self._replace_others(change, mine, change.now + replaced_after_s)
-            values = {
-                "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0,
-                "due_at": change.now, "waiting_for": "", **_NOTHING_WRONG,
-            }  # fmt: skip
-            change.execute(update(batch).where(batch.c.id == mine.batch.id).values(**values))
-            self._touched(change, mine.batch.record_key)
-            size_bytes = sum(result.put.digests.size for result in results)
-            self._tell(change, mine, "batch.stored", files=len(results), size_bytes=size_bytes, elapsed_s=round(elapsed_s, 3))
-            files = change.execute(select(batch_file).where(batch_file.c.batch_id == mine.batch.id).order_by(batch_file.c.id))
-            now_stored = dataclasses.replace(
-                mine.batch, state=State.STORED, attempts=0, files=tuple(batch_file_of(file) for file in files)
-            )
-            return dataclasses.replace(mine, batch=now_stored)
+        try:
+            with self.write() as change:
+                return self._stored(change, mine, results, replaced_after_s, elapsed_s)
+        except ClaimLost:
+            self.answered(results)
+            raise
 
-    def _live_digest(self, change: Transaction, put: Put) -> str | None:
-        here = and_(object_.c.bucket == put.bucket, object_.c.key == put.key)
-        digest: str | None = change.execute(select(object_.c.digest).where(here)).scalar()
-        return digest
-
-    def _live(self, change: Transaction, mine: Claim, put: Put, stored: StoredObject) -> None:
-        """Put an object into the manifest in the place of what its key held before."""
-        proven = change.execute(select(intent.c.proven_at).where(intent.c.id == put.intent)).scalar()
-        here = and_(object_.c.bucket == put.bucket, object_.c.key == put.key)
-        before = change.execute(select(object_.c.digest, object_.c.uploaded_at).where(here)).first()
-        unchanged = before is not None and before.digest == put.digests.sha256 and put.adopted is not None
-        file = put.file.file
-        row = {
-            "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "style": file.style, "basename": file.basename,
-            "filename": file.filename, "bucket": put.bucket, "key": put.key, "url": put.url,
-            "digest": put.digests.sha256, "md5": put.digests.md5,
-            "uploaded_at": before.uploaded_at if before is not None and unchanged else change.at,
-            "proven_at": proven or change.now, **_proof_columns(stored),
+    def _stored(
+        self, change: Transaction, mine: Claim, results: Sequence[PutResult], replaced_after_s: float | None, elapsed_s: float
+    ) -> Claim:
+        self._demand(change, mine)
+        self._answered(change, results)
+        before = {place: rows[0] for place, rows in _by_key(change, _OBJECTS_AT, [r.put for r in results]).items()}
+        originals = [r.put for r in results if r.put.file.file.style == ORIGINAL and not r.was_there]
+        has_new_original = any(
+            (was := before.get((put.bucket, put.key))) is None or was.digest != put.digests.sha256 for put in originals
+        )
+        self._live(change, mine, results, before)
+        if has_new_original and replaced_after_s is not None:
+            self._replace_others(change, mine, change.now + replaced_after_s)
+        values = {
+            "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0,
+            "due_at": change.now, "waiting_for": "", **_NOTHING_WRONG,
         }  # fmt: skip
-        change.execute(delete(object_).where(here))
-        change.execute(insert(object_), row)
-        change.execute(delete(replaced).where(replaced.c.bucket == put.bucket, replaced.c.key == put.key))
-        # What came before the newest proven PUT and is not in doubt has nothing left to tell.
-        change.execute(
-            delete(intent).where(
-                intent.c.bucket == put.bucket, intent.c.key == put.key, intent.c.id < put.intent,
-                intent.c.answer.is_not(None), intent.c.doubt_at.is_(None), intent.c.kind == "put",
-            )
-        )  # fmt: skip
+        change.execute(CHANGE_BATCH, {"of_batch": mine.batch.id, **values})
+        self._touched(change, mine.batch.record_key)
+        size_bytes = sum(result.put.digests.size for result in results)
+        self._tell(change, mine, "batch.stored", files=len(results), size_bytes=size_bytes, elapsed_s=round(elapsed_s, 3))
+        files = change.execute(FILES_OF_BATCH, {"of_batch": mine.batch.id})
+        now_stored = dataclasses.replace(
+            mine.batch, state=State.STORED, attempts=0, files=tuple(batch_file_of(file) for file in files)
+        )
+        return dataclasses.replace(mine, batch=now_stored)
+
+    def _live(
+        self, change: Transaction, mine: Claim, results: Sequence[PutResult], before: Mapping[tuple[str, str], Row[Any]]
+    ) -> None:
+        """Put objects into the manifest in the place of what their keys held before."""
+        proven = _proven_at(change, [result.put.intent for result in results if result.put.adopted is not None])
+        rows, keys = [], []
+        for result in results:
+            assert result.stored is not None, "only proven objects are live"
+            put, file = result.put, result.put.file.file
+            was = before.get((put.bucket, put.key))
+            unchanged = was is not None and was.digest == put.digests.sha256 and put.adopted is not None
+            rows.append({
+                "record_key": mine.batch.record_key, "batch_id": mine.batch.id, "style": file.style,
+                "basename": file.basename, "filename": file.filename, "bucket": put.bucket, "key": put.key, "url": put.url,
+                "digest": put.digests.sha256, "md5": put.digests.md5,
+                "uploaded_at": was.uploaded_at if was is not None and unchanged else change.at,
+                "proven_at": proven.get(put.intent) or change.now, **_proof_columns(result.stored),
+            })  # fmt: skip
+            keys.append({"of_bucket": put.bucket, "of_key": put.key, "of_intent": put.intent})
+        if rows:
+            change.execute(_NOT_LIVE, keys)
+            change.execute(_INSERT_OBJECT, rows)
+            change.execute(_NOT_REPLACED, keys)
+            change.execute(_FORGET_OLDER, keys)
 
     def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
         """A newer original took its place: the record's other keys go, also those that an abandoned version may have left.
@@ -254,22 +273,22 @@ class Walking(Claiming):
     def come_back(self, mine: Claim, due_at: float, waiting_for: str) -> None:
         """Give the claim back; the batch is due again at `due_at`, as soon as `waiting_for` is over."""
         with self.write() as change:
-            self._demand(change, mine, even_superseded=True)
-            self._end(change, mine, due_at=due_at, waiting_for=waiting_for, **_NOTHING_WRONG)
+            was = self._demand(change, mine, even_superseded=True)
+            self._end(change, mine, was, due_at=due_at, waiting_for=waiting_for, **_NOTHING_WRONG)
 
     def put_back(self, mine: Claim) -> None:
         """Give the claim back with the batch as it was: the destination is held, or the daemon drains. No attempt is spent."""
         with self.write() as change:
-            if self._is_mine(change, mine):
-                self._end(change, mine, due_at=change.now)
+            if was := self._standing(change, mine):
+                self._end(change, mine, was, due_at=change.now)
 
     def defer(self, mine: Claim, fault: SpooldError, due_in_s: float) -> None:
         """Later again: an attempt is spent."""
         with self.write() as change:
-            self._demand(change, mine)
+            was = self._demand(change, mine)
             attempt = mine.batch.attempts + 1
             self._end(
-                change, mine, due_at=change.now + due_in_s, waiting_for="retry", attempts=attempt,
+                change, mine, was, due_at=change.now + due_in_s, waiting_for="retry", attempts=attempt,
                 next_attempt_at=iso(change.now + due_in_s), error_code=fault.code, error=str(fault), hint=fault.hint,
             )  # fmt: skip
             self._touched(change, mine.batch.record_key)
@@ -281,8 +300,7 @@ class Walking(Claiming):
     def bury(self, mine: Claim, fault: SpooldError) -> None:
         """Never, as it stands: a person must look. The files stay where they are."""
         with self.write() as change:
-            self._demand(change, mine)
-            self._end(change, mine)
+            self._end(change, mine, self._demand(change, mine))
             self._bury(change, mine.batch.id, mine.batch.record_key, mine.batch.spool, mine.batch.record, fault)
 
     def withdraw(self, mine: Claim, fault: SpooldError, *, vetoed: Collection[str] = ()) -> None:
@@ -291,14 +309,15 @@ class Walking(Claiming):
         vetoed: basenames whose files, as they are, must not be offered again: their images do not decode.
         """
         with self.write() as change:
-            if not self._is_mine(change, mine):
+            was = self._standing(change, mine)
+            if was is None:
                 return
             # One that was stored stays so, and is walked again: not at once, or two that disagree would never rest.
-            self._end(change, mine, **({} if mine.batch.state is State.PENDING else {"due_at": change.now + _AGAIN_S}))
+            self._end(change, mine, was, **({} if mine.batch.state is State.PENDING else {"due_at": change.now + _AGAIN_S}))
             key = mine.batch.record_key
-            row = change.execute(select(batch).where(batch.c.id == mine.batch.id)).one()
-            if row.state != State.PENDING:
+            if was != State.PENDING:
                 return
+            row = change.execute(select(batch).where(batch.c.id == mine.batch.id)).one()
             change.execute(update(batch).where(batch.c.id == row.id).values(state=State.SUPERSEDED, due_at=None))
             self._given_up.add(key)
             before = change.execute(select(sighting.c.vetoed).where(sighting.c.record_key == key)).scalar()
@@ -318,7 +337,7 @@ class Walking(Claiming):
     def reopen(self, mine: Claim, keys: Iterable[str], fault: SpooldError) -> None:
         """The bucket does not hold what was proven once: put these keys again while their files still lie here."""
         with self.write() as change:
-            self._demand(change, mine)
+            was = self._demand(change, mine)
             change.execute(
                 update(intent)
                 .where(
@@ -329,7 +348,7 @@ class Walking(Claiming):
                 .values(answer=Answer.REFUSED)
             )
             self._end(
-                change, mine, state=State.PENDING, due_at=change.now, waiting_for="retry", next_attempt_at=change.at,
+                change, mine, was, state=State.PENDING, due_at=change.now, waiting_for="retry", next_attempt_at=change.at,
                 error_code=fault.code, error=str(fault), hint=fault.hint,
             )  # fmt: skip
             self._tell(change, mine, "batch.deferred", due_in_s=0.0, error=fault.code, detail=str(fault), hint=fault.hint)
@@ -340,13 +359,12 @@ class Walking(Claiming):
         dirs_due_at: when its empty directories may go, or None if there are none to see to.
         """
         with self.write() as change:
-            self._demand(change, mine, even_superseded=True)
+            was = self._demand(change, mine, even_superseded=True)
             due = {"due_at": dirs_due_at, "waiting_for": "dirs" if dirs_due_at is not None else "", **_NOTHING_WRONG}
-            row = change.execute(select(batch.c.state).where(batch.c.id == mine.batch.id)).one()
-            if row.state != State.STORED:
-                self._end(change, mine, **due)
+            if was != State.STORED:
+                self._end(change, mine, was, **due)
                 return
-            self._end(change, mine, state=State.DONE, done_at=change.at, **due)
+            self._end(change, mine, was, state=State.DONE, done_at=change.at, **due)
             self._touched(change, mine.batch.record_key)
             self._tell(change, mine, "record.cleared", files=len(mine.batch.uploads))
 
@@ -358,6 +376,70 @@ class Walking(Claiming):
             change.execute(delete(history).where(history.c.at < iso(change.now - older_than_s)))
             is_over = and_(intent.c.kind == "delete", intent.c.answer.is_not(None), intent.c.doubt_at.is_(None))
             change.execute(delete(intent).where(is_over, intent.c.started_at < change.now - older_than_s))
+
+
+_KEYS_AT_ONCE = 500
+
+
+def _by_key(change: Transaction, statement: Select[Any], puts: Sequence[Put]) -> dict[tuple[str, str], list[Row[Any]]]:
+    """Run a statement for the keys of these PUTs, and return its rows by bucket and key."""
+    keys: dict[str, list[str]] = {}
+    for put in puts:
+        keys.setdefault(put.bucket, []).append(put.key)
+    found: dict[tuple[str, str], list[Row[Any]]] = {}
+    for bucket, wanted in keys.items():
+        for start in range(0, len(wanted), _KEYS_AT_ONCE):
+            asked = {"of_bucket": bucket, "of_keys": wanted[start : start + _KEYS_AT_ONCE]}
+            for row in change.execute(statement, asked):
+                found.setdefault((row.bucket, row.key), []).append(row)
+    return found
+
+
+def _proven_at(change: Transaction, intents: Sequence[int]) -> dict[int, float | None]:
+    """Return when each intent was proven, seconds since the epoch."""
+    proven: dict[int, float | None] = {}
+    for start in range(0, len(intents), _KEYS_AT_ONCE):
+        asked = {"of_intents": intents[start : start + _KEYS_AT_ONCE]}
+        proven |= {row.id: row.proven_at for row in change.execute(_PROVEN_AT, asked)}
+    return proven
+
+
+# The statements of every walk: made once, since making one costs several times what running it does.
+
+_OF_KEYS: BindParameter[list[str]] = bindparam("of_keys", expanding=True)
+_INTENTS_OF_KEYS = (
+    select(intent).where(intent.c.bucket == bindparam("of_bucket"), intent.c.key.in_(_OF_KEYS)).order_by(intent.c.id.desc())
+)
+_NEWEST_INTENTS = (
+    select(intent.c.bucket, intent.c.key, func.max(intent.c.id).label("id"))
+    .where(intent.c.bucket == bindparam("of_bucket"), intent.c.key.in_(_OF_KEYS))
+    .group_by(intent.c.bucket, intent.c.key)
+)
+_OWNERS_OF_KEYS = select(key_owner).where(key_owner.c.bucket == bindparam("of_bucket"), key_owner.c.key.in_(_OF_KEYS))
+_TAKE_KEY = insert(key_owner)
+_BEGIN_INTENTS = insert(intent).returning(intent.c.id, sort_by_parameter_order=True)
+_CHANGE_INTENT = update(intent).where(intent.c.id == bindparam("of_intent"))
+_PROVEN_AT = select(intent.c.id, intent.c.proven_at).where(intent.c.id.in_(bindparam("of_intents", expanding=True)))
+_NOTE_DIGEST = update(batch_file).where(batch_file.c.id == bindparam("of_file"))
+_VERSION_OF = select(record.c.version).where(record.c.id == bindparam("of_record"))
+_CHANGE_RECORD = update(record).where(record.c.id == bindparam("of_record"))
+_REBUILT_AT = select(about.c.value).where(about.c.name == REBUILT_AT)
+_LIVE_FINGERPRINT = (
+    select(object_.c.md5)
+    .where(object_.c.record_key == bindparam("of_record"), object_.c.style == ORIGINAL)
+    .order_by(object_.c.id.desc())
+    .limit(1)
+)
+_OBJECTS_AT = select(object_.c.bucket, object_.c.key, object_.c.digest, object_.c.uploaded_at).where(
+    object_.c.bucket == bindparam("of_bucket"), object_.c.key.in_(_OF_KEYS)
+)
+_NOT_LIVE = delete(object_).where(object_.c.bucket == bindparam("of_bucket"), object_.c.key == bindparam("of_key"))
+_INSERT_OBJECT = insert(object_)
+_NOT_REPLACED = delete(replaced).where(replaced.c.bucket == bindparam("of_bucket"), replaced.c.key == bindparam("of_key"))
+_FORGET_OLDER = delete(intent).where(  # what came before the newest proven PUT and is not in doubt has nothing left to tell
+    intent.c.bucket == bindparam("of_bucket"), intent.c.key == bindparam("of_key"), intent.c.id < bindparam("of_intent"),
+    intent.c.answer.is_not(None), intent.c.doubt_at.is_(None), intent.c.kind == "put",
+)  # fmt: skip
 
 
 def _stored_object(row: Row[Any]) -> StoredObject:

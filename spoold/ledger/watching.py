@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, delete, exists, func, insert, or_, select, update
 
 from spoold.clock import Clock
 from spoold.ledger.database import Database, Transaction
@@ -48,27 +48,23 @@ class Watching(Database):
     def known(self, spool: str, path: str) -> Known:
         """Return what is known of the record at `path`."""
         with self.read() as connection:
-            key = connection.execute(select(record.c.id).where(record.c.spool == spool, record.c.path == path)).scalar()
-            if key is None:
+            row = connection.execute(_KNOWN, {"of_spool": spool, "of_path": path}).first()
+            if row is None:
                 return _UNKNOWN
-            current = connection.execute(_current(key)).first()
+            current = connection.execute(_CURRENT, {"of_record": row.id}).first()
             files = {}
             if current is not None:
-                rows = connection.execute(
-                    select(batch_file).where(batch_file.c.batch_id == current.id, batch_file.c.is_gone.is_(False))
-                )
                 # Also what lies aside: until it is renamed it lies in its place, and then never again with this ctime.
-                files = {row.path: identity_of(row) for row in rows}
-            originals = select(object_.c.id).where(object_.c.record_key == key, object_.c.style == ORIGINAL).limit(1)
-            seen = connection.execute(select(sighting).where(sighting.c.record_key == key)).first()
+                rows = connection.execute(_FILES_LEFT, {"of_batch": current.id})
+                files = {file.path: identity_of(file) for file in rows}
             return Known(
                 files,
                 State(current.state) if current is not None else None,
-                connection.execute(originals).first() is not None,
-                seen.state if seen is not None else None,
-                frozenset((seen.vetoed or "").split(",")) if seen is not None else frozenset(),
-                seen.as_is if seen is not None else False,
-                connection.execute(select(elsewhere).where(elsewhere.c.record_key == key)).first() is not None,
+                row.has_original,
+                row.sighted,
+                frozenset((row.vetoed or "").split(",")) if row.sighted is not None else frozenset(),
+                bool(row.as_is),
+                row.is_elsewhere,
             )
 
     def see(self, spool: str, snapshot: Snapshot, waiting: Iterable[SpooledFile], *, state: str, reason: str) -> None:
@@ -79,12 +75,12 @@ class Watching(Database):
         files = list(waiting)
         with self.write() as change:
             key, _ = self._record(change, spool, snapshot)
-            before = change.execute(select(sighting).where(sighting.c.record_key == key)).first()
+            before = change.execute(_SIGHTING, {"of_record": key}).first()
             values = {"state": state, "reason": reason, **self._coming(change, key, files)}
             if before is None:
-                change.execute(insert(sighting), {"record_key": key, **values})
+                change.execute(_INSERT_SIGHTING, {"record_key": key, **values})
             elif (before.state, before.reason, before.files, before.bytes) != tuple(values.values()):
-                change.execute(update(sighting).where(sighting.c.record_key == key).values(**values))
+                change.execute(_CHANGE_SIGHTING, {"of_record": key, **values})
             if before is None or before.state == "gone" or (before.state, state) == ("stalled", "receiving"):
                 self._touched(change, key)
                 change.tell("record.seen", record_key=key, spool=spool, record=snapshot.record, files=len(files))
@@ -96,7 +92,7 @@ class Watching(Database):
         """Return by how many files and bytes the record grows: what takes a live object's place counts once."""
         live = {
             (row.style, row.filename): row.size
-            for row in change.execute(select(object_).where(object_.c.record_key == key))
+            for row in change.execute(_LIVE_SIZES, {"of_record": key})
         }  # fmt: skip
         replaced = [live[file.style, file.filename] for file in files if (file.style, file.filename) in live]
         size_bytes = sum(file.identity.size for file in files)
@@ -104,8 +100,7 @@ class Watching(Database):
 
     def _has_gone(self, change: Transaction, batch_id: int) -> bool:
         """Say whether files of a batch are no business of it any more; its marker does not count."""
-        gone = and_(batch_file.c.batch_id == batch_id, batch_file.c.is_gone, batch_file.c.is_marker.is_(False))
-        return change.execute(select(batch_file.c.id).where(gone).limit(1)).first() is not None
+        return change.execute(_GONE, {"of_batch": batch_id}).first() is not None
 
     def offer(
         self, spool: str, snapshot: Snapshot, files: Iterable[SpooledFile], *, decided_by: str, is_all: bool
@@ -119,9 +114,9 @@ class Watching(Database):
         mark = fingerprint(files)
         with self.write() as change:
             key, version = self._record(change, spool, snapshot)
-            current = change.execute(_current(key)).first()
+            current = change.execute(_CURRENT, {"of_record": key}).first()
             if is_all:
-                change.execute(delete(sighting).where(sighting.c.record_key == key))
+                change.execute(_NOT_SEEN, {"of_record": key})
             # Files that were away when they were to be let go may come back as they were, and nobody answers for them.
             if current is not None and current.fingerprint == mark and not self._has_gone(change, current.id):
                 return None
@@ -131,9 +126,9 @@ class Watching(Database):
                 "files": len(files), "bytes": size_bytes, "attempts": 0, "crashes": 0, "due_at": change.now,
                 "waiting_for": "attempt", "created_at": change.at,
             }  # fmt: skip
-            new: int = change.execute(insert(batch).returning(batch.c.id), row).scalar_one()
+            new: int = change.execute(_INSERT_BATCH, row).scalar_one()
             members = files if snapshot.marker is None else [*files, snapshot.marker]
-            change.execute(insert(batch_file), [_file_row(new, file, file is snapshot.marker) for file in members])
+            change.execute(_INSERT_FILES, [_file_row(new, file, file is snapshot.marker) for file in members])
             self._touched(change, key)
             change.tell(
                 "batch.settled", record_key=key, batch=new, spool=spool, record=snapshot.record,
@@ -152,7 +147,7 @@ class Watching(Database):
             if row is None:
                 return
             seen = change.execute(select(sighting.c.state).where(sighting.c.record_key == row.id)).scalar()
-            current = change.execute(_current(row.id)).first()
+            current = change.execute(_CURRENT, {"of_record": row.id}).first()
             is_abandoned = is_empty and current is not None and current.state in (State.PENDING, State.DEAD)
             if seen in (None, "gone") and not is_abandoned:
                 return
@@ -231,28 +226,25 @@ class Watching(Database):
 
     def _record(self, change: Transaction, spool: str, snapshot: Snapshot) -> tuple[int, int]:
         """Return the record's key and version; a row is made if there is none."""
-        row = change.execute(
-            select(record.c.id, record.c.version).where(record.c.spool == spool, record.c.path == snapshot.record)
-        ).first()
+        row = change.execute(_RECORD, {"of_spool": spool, "of_path": snapshot.record}).first()
         if row is not None:
             return row.id, row.version
         values = {
             "spool": spool, "path": snapshot.record, "attachment": snapshot.attachment, "record_id": snapshot.record_id,
             "version": 0, "fence": 0, "first_seen_at": change.at, "updated_at": change.at,
         }  # fmt: skip
-        return change.execute(insert(record).returning(record.c.id), values).scalar_one(), 0
+        return change.execute(_INSERT_RECORD, values).scalar_one(), 0
 
     def _touched(self, change: Transaction, key: int) -> None:
-        change.execute(update(record).where(record.c.id == key).values(updated_at=change.at))
+        change.execute(_TOUCH, {"of_record": key, "updated_at": change.at})
 
     def _supersede(self, change: Transaction, key: int, *, before: int | None) -> None:
         """Let the record's older batches give way. One with files set aside is still walked until these are let go."""
-        older = select(batch.c.id, batch.c.state).where(
-            batch.c.record_key == key,
-            batch.c.state.in_((State.PENDING, State.DEAD, State.STORED)),
-            batch.c.id < before if before is not None else batch.c.state != State.STORED,
-        )
-        for row in change.execute(older).all():
+        older = [
+            row for row in change.execute(_STANDING, {"of_record": key}).all()
+            if (row.id < before if before is not None else row.state != State.STORED)
+        ]  # fmt: skip
+        for row in older:
             self._given_up.add(key)
             aside = select(func.count()).where(batch_file.c.batch_id == row.id, batch_file.c.aside_name.is_not(None))
             has_aside = change.execute(aside).scalar_one() > 0
@@ -266,7 +258,7 @@ def identity_of(row: Row[tuple[object, ...]]) -> Identity:
     return Identity(row.dev, row.ino, row.size, row.mtime_ns, row.ctime_ns)
 
 
-def _unfinished(spool: str, column: ColumnElement[Any]):  # type: ignore[no-untyped-def]  # as in _current
+def _unfinished(spool: str, column: ColumnElement[Any]):  # type: ignore[no-untyped-def]  # SQLAlchemy's own type spells out every column
     """Select this column of each record of which something is not uploaded yet."""
     live = or_(sighting.c.state.in_(("receiving", "stalled")), batch.c.id.is_not(None))
     return (
@@ -279,10 +271,45 @@ def _unfinished(spool: str, column: ColumnElement[Any]):  # type: ignore[no-unty
     )
 
 
-def _current(key: int):  # type: ignore[no-untyped-def]  # SQLAlchemy's own type spells out every column
-    return (
-        select(batch).where(batch.c.record_key == key, batch.c.state != State.SUPERSEDED).order_by(batch.c.id.desc()).limit(1)
+# The statements of every look: made once, since making one costs several times what running it does.
+
+_RECORD = select(record.c.id, record.c.version).where(
+    record.c.spool == bindparam("of_spool"), record.c.path == bindparam("of_path")
+)
+_KNOWN = (
+    select(
+        record.c.id,
+        exists().where(object_.c.record_key == record.c.id, object_.c.style == ORIGINAL).label("has_original"),
+        exists().where(elsewhere.c.record_key == record.c.id).label("is_elsewhere"),
+        sighting.c.state.label("sighted"), sighting.c.vetoed, sighting.c.as_is,
     )
+    .outerjoin(sighting, sighting.c.record_key == record.c.id)
+    .where(record.c.spool == bindparam("of_spool"), record.c.path == bindparam("of_path"))
+)  # fmt: skip
+_CURRENT = (
+    select(batch)
+    .where(batch.c.record_key == bindparam("of_record"), batch.c.state != State.SUPERSEDED)
+    .order_by(batch.c.id.desc())
+    .limit(1)
+)
+_STANDING = select(batch.c.id, batch.c.state).where(
+    batch.c.record_key == bindparam("of_record"), batch.c.state.in_((State.PENDING, State.DEAD, State.STORED))
+)
+_FILES_LEFT = select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.is_gone.is_(False))
+_GONE = (
+    select(batch_file.c.id)
+    .where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.is_gone, batch_file.c.is_marker.is_(False))
+    .limit(1)
+)
+_LIVE_SIZES = select(object_.c.style, object_.c.filename, object_.c.size).where(object_.c.record_key == bindparam("of_record"))
+_SIGHTING = select(sighting).where(sighting.c.record_key == bindparam("of_record"))
+_INSERT_SIGHTING = insert(sighting)
+_CHANGE_SIGHTING = update(sighting).where(sighting.c.record_key == bindparam("of_record"))
+_NOT_SEEN = delete(sighting).where(sighting.c.record_key == bindparam("of_record"))
+_INSERT_RECORD = insert(record).returning(record.c.id)
+_TOUCH = update(record).where(record.c.id == bindparam("of_record"))
+_INSERT_BATCH = insert(batch).returning(batch.c.id)
+_INSERT_FILES = insert(batch_file)
 
 
 def _file_row(batch_id: int, file: SpooledFile, is_marker: bool) -> dict[str, object]:
