@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from spoold.aside import aside_name, parse_aside_name
 from spoold.cleanup import Cleaner, Due, Missing, Remover
@@ -134,7 +135,7 @@ def test_nobody_waits_twice_for_the_grace(bench: Bench) -> None:
     step(bench, cleaner, claim)
     bench.clock.advance(4)
     with bench.ledger.write() as change:
-        change.connection.exec_driver_sql("UPDATE batch SET due_at = 0")
+        change.execute(text("UPDATE batch SET due_at = 0"))
 
     again = step(bench, cleaner, bench.claimed())
 
@@ -1000,7 +1001,7 @@ def test_rule_6_doubts_that_are_over_stay_so_while_the_store_does_not_answer(tmp
             claim = bench.batch_stored({path: content + path.encode() for path in CAT})
             bench.ledger.come_back(claim, bench.clock.now(), "doubt")
             with bench.ledger.write() as change:
-                change.connection.exec_driver_sql("UPDATE intent SET doubt_at = 1 WHERE batch_id = 1")
+                change.execute(text("UPDATE intent SET doubt_at = 1 WHERE batch_id = 1"))
         claim = bench.claimed()
         cleaner = bench.cleaner(doubt_s=900.0)
         first = cleaner.clear(claim)
@@ -1016,7 +1017,7 @@ def test_rule_6_doubts_that_are_over_stay_so_while_the_store_does_not_answer(tmp
 def test_a_newer_version_that_is_live_is_not_let_go_by_an_older_claim(bench: Bench) -> None:
     claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
     with bench.ledger.write() as change:
-        change.connection.exec_driver_sql("UPDATE object SET digest = 'of something newer'")
+        change.execute(text("UPDATE object SET digest = 'of something newer'"))
 
     with pytest.raises(ClaimLost, match="a newer version of it is live"):
         bench.cleaner().clear(claim)
@@ -1556,14 +1557,15 @@ def test_a_spool_whose_fuse_has_blown_does_not_hold_up_another_one(real: Bench, 
     """However long its list is."""
     replaced(real, rclone_server)
     with real.ledger.write() as change:
-        change.connection.exec_driver_sql(
-            "INSERT INTO record (id, spool, path, attachment, record_id, version, fence, first_seen_at, updated_at) "
-            "VALUES (77, 'other', 'logos/1', 'logos', '1', 1, 0, '', '')"
+        change.execute(
+            text(
+                "INSERT INTO record (id, spool, path, attachment, record_id, version, fence, first_seen_at, updated_at) "
+                "VALUES (77, 'other', 'logos/1', 'logos', '1', 1, 0, '', '')"
+            )
         )
         for number in range(150):
-            change.connection.exec_driver_sql(
-                "INSERT INTO replaced (bucket, key, record_key, due_at) VALUES (?, ?, 77, 0)", (BUCKET, f"logos/{number}")
-            )
+            row = {"bucket": BUCKET, "key": f"logos/{number}"}
+            change.execute(text("INSERT INTO replaced (bucket, key, record_key, due_at) VALUES (:bucket, :key, 77, 0)"), row)
     both = Remover(
         ledger=real.ledger, stores={NAME: real.store, "other": real.store}, limits={NAME: 1000, "other": 0}, owner="me",
         doubt_s=DOUBT_S, clock=real.clock, demand_claim=real.demand,
@@ -1610,7 +1612,7 @@ def test_rule_7_a_key_is_not_deleted_while_an_unanswered_put_may_still_bring_it_
 ) -> None:
     replaced(real, rclone_server)
     with real.ledger.write() as change:
-        change.connection.exec_driver_sql("UPDATE intent SET doubt_at = 1 WHERE key LIKE '%original/cat.jpg'")
+        change.execute(text("UPDATE intent SET doubt_at = 1 WHERE key LIKE '%original/cat.jpg'"))
     ours = remover(real)
 
     at_once = ours.remove_due(lease_s=LEASE_S, held=set())

@@ -1867,26 +1867,22 @@ def test_the_migrations_make_exactly_the_schema_that_queries_need(bench: Bench) 
 
 def pragma(ledger: Ledger, name: str) -> Any:
     with ledger.read() as connection:
-        return connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+        return connection.execute(sqlalchemy.text(f"PRAGMA {name}")).scalar()
 
 
 @pytest.mark.parametrize(("uploads_first", "index"), [(True, "batch_uploads"), (False, "batch_rest")])
 def test_what_is_claimed_next_costs_the_same_however_many_wait(bench: Bench, uploads_first: bool, index: str) -> None:
     """The one index has them in their order, the record is found by its number, and nothing is sorted."""
-    plans: list[list[str]] = []
+    statements: list[str] = []
+    bench.ledger.close()  # what is opened from now on tells what it runs
+    sqlalchemy.event.listen(
+        bench.ledger._engine, "connect", lambda connection, _: connection.set_trace_callback(statements.append)
+    )
 
-    def explain(connection: sqlalchemy.Connection, _: Any, statement: str, parameters: Any, *others: Any) -> None:
-        if "LIMIT" in statement and "held" in statement:
-            cursor = connection.connection.cursor()
-            plans.append([row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)])
+    bench.ledger.claim("me", [NAME], lease_s=60, crashes=3, uploads_first=uploads_first)
 
-    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", explain)
-    try:
-        bench.ledger.claim("me", [bench.spool.name], lease_s=60, crashes=3, uploads_first=uploads_first)
-    finally:
-        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", explain)
-
-    plan = plans[0]
+    asked = next(statement for statement in statements if "LIMIT" in statement)
+    plan = [row["detail"] for row in bench.rows(f"EXPLAIN QUERY PLAN {asked}")]
     assert plan[0].startswith(f"SEARCH batch USING INDEX {index} (")
     assert "SEARCH record USING INTEGER PRIMARY KEY (rowid=?)" in plan
     assert [] == [step for step in plan if step.startswith("SCAN") or "TEMP B-TREE" in step]

@@ -177,7 +177,7 @@ def test_a_damaged_ledger_is_kept_and_lost(bench: Bench) -> None:
     with captured() as lines, pytest.raises(LedgerUnavailable):
         for _ in range(50):  # SQLite has some of it in memory
             offered(bench, "avatars/43")
-            bench.ledger._engine.dispose()
+            bench.ledger._disconnect()
 
     assert bench.ledger.is_lost
     [kept] = bench.directory.glob("ledger.db.damaged-*Z")
@@ -235,7 +235,7 @@ def test_a_command_leaves_a_damaged_ledger_to_the_daemon(bench: Bench) -> None:
 
 def test_a_command_makes_no_file_where_the_ledger_was_removed(bench: Bench) -> None:
     ledger = Ledger(f"sqlite:///{bench.ledger_file}", clock=SystemClock(), create=False)
-    ledger._engine.dispose()
+    ledger._disconnect()
     unlink_all(bench)
 
     with pytest.raises(LedgerUnavailable):

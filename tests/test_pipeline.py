@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from spoold import uploader
 from spoold.errors import LedgerUnavailable, ObjectRefused, SpoolBroken, SpooldError, StoreDenied, StoreUnavailable
@@ -244,11 +245,13 @@ def test_rule_8_a_record_whose_key_is_taken_is_dead(tmp_path: Path, proxy: Fault
     with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
         offered(bench, {"original/cat.jpg": b"a cat"})
         with bench.ledger.write() as change:
-            change.connection.exec_driver_sql(
-                "INSERT INTO record (id, spool, path, attachment, record_id, version, fence, first_seen_at, updated_at) "
-                "VALUES (77, 'other', 'logos/1', 'logos', '1', 1, 0, '', '')"
+            change.execute(
+                text(
+                    "INSERT INTO record (id, spool, path, attachment, record_id, version, fence, first_seen_at, updated_at) "
+                    "VALUES (77, 'other', 'logos/1', 'logos', '1', 1, 0, '', '')"
+                )
             )
-            change.connection.exec_driver_sql("INSERT INTO key_owner VALUES (?, ?, 77)", (BUCKET, ORIGINAL))
+            change.execute(text("INSERT INTO key_owner VALUES (:bucket, :key, 77)"), {"bucket": BUCKET, "key": ORIGINAL})
         bench.ledger.bereave("me")
 
         outcome = bench.pipeline().walk(bench.claimed())

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, Row, Select, and_, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import Float, Integer, Row, and_, bindparam, delete, exists, insert, or_, select, update
 
 from spoold.clock import Clock
 from spoold.errors import ClaimLost, Crashed, LedgerUnavailable, SpooldError
@@ -23,7 +23,8 @@ from spoold.ledger.schema import (
     intent,
     record,
 )
-from spoold.ledger.watching import Watching, identity_of
+from spoold.ledger.statements import Session, Statement
+from spoold.ledger.watching import CHANGE_RECORD, Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
 
 
@@ -53,7 +54,7 @@ class Claiming(Watching):
                 return None
         with self._unless_unsure() as taken, self.write() as change:
             while True:
-                row = _first_due(change.connection, order, asked, now=change.now, lease_s=lease_s)
+                row = _first_due(change.session, order, asked, now=change.now, lease_s=lease_s)
                 if row is None:
                     return None
                 self._taking(taken, row.record_key, row.fence + 1)
@@ -72,16 +73,16 @@ class Claiming(Watching):
         change.execute(_FREE, {"of_record": key})
         change.execute(_DOUBT_WHAT_IS_OPEN, {"of_record": key, "doubt_at": change.now})
 
-    def _claimed(self, change: Transaction, row: Row[Any], owner: str, lease_s: float) -> Claim:
+    def _claimed(self, change: Transaction, row: Any, owner: str, lease_s: float) -> Claim:
         until = change.now + lease_s
         fence = row.fence + 1
         is_pending = row.state == State.PENDING
         updated_at = change.at if is_pending else row.updated_at
-        change.execute(_SET_FENCE, {"of_record": row.record_key, "fence": fence, "updated_at": updated_at})
+        change.execute(CHANGE_RECORD, {"of_record": row.record_key, "fence": fence, "updated_at": updated_at})
         taken = {"record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": fence, "until": until}
         change.execute(_INSERT_CLAIM, taken)
         if is_pending:
-            change.execute(_SET_CRASHES, {"of_batch": row.id, "crashes": row.crashes + 1})
+            change.execute(CHANGE_BATCH, {"of_batch": row.id, "crashes": row.crashes + 1})
         event = "batch.claimed" if is_pending else "batch.resumed"
         attempt = row.attempts + 1 if is_pending else None
         change.tell(event, record_key=row.record_key, batch=row.id, spool=row.spool, record=row.path, attempt=attempt)
@@ -241,27 +242,23 @@ class Claiming(Watching):
             return {row.spool: row for row in connection.execute(select(held))}
 
 
-# The statements of every walk: made once, since making one costs several times what running it does.
+# The statements of every walk.
 
-FILES_OF_BATCH = select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch")).order_by(batch_file.c.id)
+FILES_OF_BATCH = Statement(select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch")).order_by(batch_file.c.id))
 
-_STANDING = (
+_STANDING = Statement(
     select(claim.c.owner, claim.c.fence, batch.c.state)
     .join(batch, batch.c.record_key == claim.c.record_key)
     .where(claim.c.record_key == bindparam("of_record"), batch.c.id == bindparam("of_batch"))
 )
-_ANY_ASIDE = (
+_ANY_ASIDE = Statement(
     select(batch_file.c.id).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.aside_name.is_not(None)).limit(1)
 )
-_FREE = delete(claim).where(claim.c.record_key == bindparam("of_record"))
-_INSERT_CLAIM = insert(claim)
-_SET_FENCE = update(record).where(record.c.id == bindparam("of_record"))
-_SET_CRASHES = update(batch).where(batch.c.id == bindparam("of_batch"))
-CHANGE_BATCH = update(batch).where(batch.c.id == bindparam("of_batch"))
-_DOUBT_WHAT_IS_OPEN = (
-    update(intent)
-    .where(intent.c.record_key == bindparam("of_record"), intent.c.answer.is_(None))
-    .values(answer=Answer.DOUBT, doubt_at=bindparam("doubt_at"))
+_FREE = Statement(delete(claim).where(claim.c.record_key == bindparam("of_record")))
+_INSERT_CLAIM = Statement(insert(claim))
+CHANGE_BATCH = Statement(update(batch).where(batch.c.id == bindparam("of_batch")))
+_DOUBT_WHAT_IS_OPEN = Statement(
+    update(intent).where(intent.c.record_key == bindparam("of_record"), intent.c.answer.is_(None)).values(answer=Answer.DOUBT)
 )
 
 
@@ -295,20 +292,18 @@ def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every 
     return due.where(IS_PENDING, QUEUED_AT <= at_most, or_(~suspected, ~one_is_walked)).order_by(QUEUED_AT, batch.c.id)
 
 
-_UPLOAD_DUE = _due(uploads=True)
-_CLEARING_DUE = _due(uploads=False)
+_UPLOAD_DUE = Statement(_due(uploads=True))
+_CLEARING_DUE = Statement(_due(uploads=False))
 
 
-def _first_due(
-    connection: Connection, order: Iterable[Select[Any]], asked: dict[str, Any], *, now: float, lease_s: float
-) -> Row[Any] | None:
+def _first_due(session: Session, order: Iterable[Statement], asked: dict[str, Any], *, now: float, lease_s: float) -> Any:
     for statement in order:
-        row = connection.execute(statement, {**asked, "now": now, "lapses": now + 2 * lease_s}).first()
+        row = session.execute(statement, {**asked, "now": now, "lapses": now + 2 * lease_s}).first()
         if row is not None:
             return row
     return None
 
 
-def batch_file_of(row: Row[Any]) -> BatchFile:
+def batch_file_of(row: Any) -> BatchFile:
     file = SpooledFile(row.path, row.style, row.basename, row.filename, identity_of(row))
     return BatchFile(row.id, file, row.is_marker, row.digest, row.aside_name, row.is_gone)

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, ScalarSelect, and_, bindparam, delete, exi
 
 from spoold.ledger.claiming import batch_file_of
 from spoold.ledger.schema import about, batch, batch_file, intent, key_owner, object_, record, replaced
+from spoold.ledger.statements import Statement
 from spoold.ledger.walking import Walking
 from spoold.model import Answer, BatchFile, Claim, Identity, State
 
@@ -279,7 +280,8 @@ class Clearing(Walking):
     def next_replaced_at(self) -> float | None:
         """Return when the next replaced key is due, in seconds since the epoch."""
         with self.read() as connection:
-            return connection.execute(select(func.min(replaced.c.due_at))).scalar()
+            moment: float | None = connection.execute(select(func.min(replaced.c.due_at))).scalar()
+            return moment
 
     def deletes_in_last_hour(self, spool: str) -> int:
         """Return how many remote deletions of this spool the fuse has to count."""
@@ -290,7 +292,7 @@ class Clearing(Walking):
             .where(record.c.spool == spool, intent.c.kind == "delete", intent.c.started_at > self._clock.now() - 3600)
         )
         with self.read() as connection:
-            return connection.execute(statement).scalar_one()
+            return int(connection.execute(statement).scalar_one())
 
     def deletes_held_back(self, spool: str, *, waiting: int, limit: int) -> None:
         """Tell that the fuse on remote deletions has blown."""
@@ -348,22 +350,22 @@ class Clearing(Walking):
             change.tell("object.deleted", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key)
 
 
-# The statements of every walk: made once, since making one costs several times what running it does.
+# The statements of every walk.
 
-_STORED_MOMENT = select(batch.c.stored_moment).where(batch.c.id == bindparam("of_batch"))
-_PROOFS = (
+_STORED_MOMENT = Statement(select(batch.c.stored_moment).where(batch.c.id == bindparam("of_batch")))
+_PROOFS = Statement(
     select(object_)
     .join(batch_file, and_(batch_file.c.bucket == object_.c.bucket, batch_file.c.key == object_.c.key))
     .where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.digest == object_.c.digest)
 )
-_DOUBTS = (
+_DOUBTS = Statement(
     select(intent.c.key, func.max(intent.c.doubt_at).label("since"))
     .join(batch_file, and_(batch_file.c.key == intent.c.key, batch_file.c.bucket == intent.c.bucket))
     .where(batch_file.c.batch_id == bindparam("of_batch"))
     .where(intent.c.doubt_at.is_not(None), intent.c.digest.is_distinct_from(batch_file.c.digest))
     .group_by(intent.c.key)
 )
-_CHANGE_FILE = update(batch_file).where(batch_file.c.id == bindparam("of_file"))
+_CHANGE_FILE = Statement(update(batch_file).where(batch_file.c.id == bindparam("of_file")))
 
 
 def _doubt_at(bucket: ColumnElement[str] | str, key: ColumnElement[str] | str) -> ScalarSelect[float | None]:

@@ -7,7 +7,7 @@ import json
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from spoold.clock import Clock, iso
 from spoold.errors import LedgerUnavailable
 from spoold.ledger import schema
 from spoold.ledger.file import LedgerFile, is_damage, keep_reserve
+from spoold.ledger.statements import Parameters, Session, Statement
 
 log = structlog.get_logger()
 
@@ -41,9 +42,12 @@ REBUILT_AT = "rebuilt at"
 """The name in `about` of the moment when a lost ledger was begun anew, seconds since the epoch."""
 
 _STEADY_S = 5.0
+_MOST_IN_A_GROUP = 64
+_PATIENCE_S = 1.0
 _CONNECT_ARGS: dict[str, Any] = {"timeout": 10.0, "check_same_thread": False}
 
-_INSERT_HISTORY = insert(schema.history)
+_INSERT_HISTORY = Statement(insert(schema.history))
+_BEGIN_WRITING = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN"}
 
 _UNTOLD = {"file.set_aside", "file.deleted", "batch.resumed"}  # not worth a row in the history
 
@@ -52,7 +56,7 @@ _UNTOLD = {"file.set_aside", "file.deleted", "batch.resumed"}  # not worth a row
 class Transaction:
     """One durable change. Its events become rows of the history with it, and log lines once it is committed."""
 
-    connection: Connection
+    session: Session
     now: float
     lines: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     _history: list[dict[str, Any]] = field(default_factory=list)
@@ -61,8 +65,8 @@ class Transaction:
     def at(self) -> str:
         return iso(self.now)
 
-    def execute(self, statement: Any, *args: Any) -> sqlalchemy.CursorResult[Any]:
-        return self.connection.execute(statement, *args)
+    def execute(self, statement: Any, parameters: Parameters | Sequence[Parameters] = ()) -> Any:
+        return self.session.execute(statement, parameters)
 
     def tell(self, event: str, *, record_key: int | None = None, batch: int | None = None, **keys: Any) -> None:
         """Say what happened: a line in the log once this is durable, and a row in the record's history."""
@@ -75,12 +79,39 @@ class Transaction:
 
     def write_history(self) -> None:
         """Write down what was told: the last thing before the commit."""
-        if self._history:
-            self.connection.execute(_INSERT_HISTORY, self._history)
+        self.session.execute(_INSERT_HISTORY, self._history)
+
+
+class _Group:
+    """Changes in one transaction: they become durable together, with one fsync, or none of them does."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.changes: list[Transaction] = []
+        self.fault: LedgerUnavailable | None = None
+        self.ended = threading.Event()
+
+    @contextlib.contextmanager
+    def part(self, now: float) -> Iterator[Transaction]:
+        """Yield one more change. If it fails nothing of it stays, and the others are as they were."""
+        change = Transaction(self.session, now)
+        is_alone = not self.changes
+        if not is_alone:
+            self.session.mark("SAVEPOINT part")
+        try:
+            yield change
+            change.write_history()
+        except BaseException:
+            if not is_alone and self.session.is_in_transaction:
+                self.session.mark("ROLLBACK TO part")
+            raise
+        if not is_alone:
+            self.session.mark("RELEASE part")
+        self.changes.append(change)
 
 
 class Database:
-    """A connection pool with one writer at a time.
+    """A connection pool with one writer at a time. Changes that wait for their turn share a commit.
 
     create: this is the daemon, which makes, migrates and mends the ledger, and tells in its log what is wrong with it.
     Raises LedgerUnavailable wherever the database does not answer, is full, or is no longer the file that was opened.
@@ -93,6 +124,12 @@ class Database:
         self._shown = self._url.render_as_string()  # without its password
         self._creates = create
         self._writing = threading.Lock()
+        self._counting = threading.Lock()
+        self._waiting = 0  # for their turn to write
+        self._group: _Group | None = None
+        self._writer: Session | None = None  # between two groups
+        self._readers: list[Session] = []  # that nobody reads from just now
+        self._opened = 0  # how often they were all closed, so that none of before is used
         self._kept: list[sqlite3.Connection] = []
         self._since = self._failed_at = clock.monotonic()
         self.trouble: LedgerUnavailable | None = None
@@ -102,7 +139,9 @@ class Database:
         opened = self._url
         if self._file:  # without `mode=rw`, SQLite would make an empty file where it was removed
             opened = URL.create("sqlite", database=f"file:{quote(str(self._file.path))}", query={"mode": "rw", "uri": "true"})
-        self._engine = sqlalchemy.create_engine(opened, connect_args=_CONNECT_ARGS if self._file else {})
+        self._engine = sqlalchemy.create_engine(
+            opened, connect_args=_CONNECT_ARGS if self._file else {}, poolclass=sqlalchemy.NullPool
+        )  # fmt: skip
         sqlalchemy.event.listen(self._engine, "connect", _configure)
         sqlalchemy.event.listen(self._engine, "begin", _begin)
         try:
@@ -111,39 +150,131 @@ class Database:
             if not self.is_lost:
                 raise
             self.is_lost = False
-            self._engine.dispose()
+            self._disconnect()
             self._open()  # what was damaged is out of the way
 
     def close(self) -> None:
         for connection in self._kept:
             connection.close()
         self._kept = []
-        self._engine.dispose()
+        self._disconnect()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
-        """Yield a transaction that is durable when the block ends; its log lines come then, in the order of commits."""
-        with self._writing:
+        """Yield a transaction that is durable when the block ends; its log lines come then, in the order of commits.
+
+        Whoever ends while others wait leaves the commit to the last of them, and returns when it is done.
+        """
+        with self._turn():
             try:
-                with self._translated():
-                    self._see_to_file()
-                    with self._engine.connect().execution_options(immediate=True) as connection, connection.begin():
-                        self._demand_same_file()  # only now can no other daemon be putting it back
-                        change = Transaction(connection, self._clock.now())
-                        yield change
-                        change.write_history()
-            except LedgerUnavailable as fault:
-                self._tell_trouble(fault)
+                if self._group is None:
+                    self._group = self._begin()
+                group = self._group
+                with self._translated(), group.part(self._clock.now()) as change:
+                    yield change
+            except BaseException as error:
+                self._end_failed(error)
                 raise
-            self._tell_trouble(None)
-            for event, keys in change.lines:
-                getattr(log, _LEVELS.get(event, "info"))(event, **keys)
+            if not self._waiting or len(group.changes) >= _MOST_IN_A_GROUP:
+                self._commit()
+        while not group.ended.wait(_PATIENCE_S):  # whoever was to come next did not
+            with self._writing:
+                if self._group is group:
+                    self._commit()
+        if group.fault is not None:
+            raise LedgerUnavailable(str(group.fault), hint=group.fault.hint) from group.fault
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[Connection]:
-        """Yield a connection with one consistent view."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
-            yield connection
+    def _turn(self) -> Iterator[None]:
+        """One at a time; how many wait is known to the one whose turn it is."""
+        with self._counting:
+            self._waiting += 1
+        try:
+            self._writing.acquire()
+        finally:
+            with self._counting:
+                self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+    def _begin(self) -> _Group:
+        with self._translated():
+            self._see_to_file()
+            session, self._writer = self._writer or Session(self._engine), None
+            try:
+                session.begin(_BEGIN_WRITING[self._engine.dialect.name])
+                self._demand_same_file()  # only now can no other daemon be putting it back
+            except BaseException:
+                session.close()
+                raise
+            return _Group(session)
+
+    def _commit(self) -> None:
+        """Make all changes of the group durable, or tell each that it is not."""
+        group, self._group = self._group, None
+        assert group is not None, "there is something to commit"
+        try:
+            with self._translated():
+                group.session.commit()
+            self._writer = group.session
+        except LedgerUnavailable as fault:
+            group.fault = fault
+            group.session.close()
+        self._tell_trouble(group.fault)
+        if group.fault is None:
+            for change in group.changes:
+                for event, keys in change.lines:
+                    getattr(log, _LEVELS.get(event, "info"))(event, **keys)
+        group.ended.set()
+
+    def _end_failed(self, error: BaseException) -> None:
+        """A change has failed: those before it in its group stand, unless the database took them back too."""
+        if isinstance(error, LedgerUnavailable):
+            self._tell_trouble(error)
+        group = self._group
+        if group is None:
+            return
+        if group.changes and group.session.is_in_transaction:
+            if not self._waiting:
+                self._commit()
+            return
+        self._group = None
+        group.fault = error if isinstance(error, LedgerUnavailable) else LedgerUnavailable(f"use ledger: {error}")
+        group.session.close()  # which takes back what there is
+        group.ended.set()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """Yield a session with one consistent view."""
+        with self._translated():
+            opened = self._opened
+            try:
+                session = self._readers.pop()
+            except IndexError:
+                session = Session(self._engine)
+            try:
+                session.begin("BEGIN")
+                yield session
+                session.rollback()
+            except BaseException:
+                session.close()
+                raise
+            if opened == self._opened:
+                self._readers.append(session)
+            else:
+                session.close()
+
+    def _disconnect(self) -> None:
+        """Close every connection but those that are in use; the next verbs open others."""
+        self._opened += 1
+        while self._readers:
+            self._readers.pop().close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._engine.dispose()
 
     def demand_certain(self) -> None:
         """Raise LedgerUnavailable if the ledger did not take the newest change, or is not the one that was opened."""
@@ -155,6 +286,8 @@ class Database:
         """See to it that there is room to go on for a while when the disk is full."""
         if self._file is not None:
             with self._writing, self._translated():
+                if self._group is not None:
+                    self._commit()
                 keep_reserve(self._kept[0])
 
     # What is wrong
@@ -180,11 +313,11 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except sqlalchemy.exc.IntegrityError:
+        except (sqlalchemy.exc.IntegrityError, self._engine.dialect.loaded_dbapi.IntegrityError):
             raise
         except sqlalchemy.exc.DBAPIError as error:
             raise self._fault_of(error.orig) from error
-        except (sqlite3.Error, OSError) as error:
+        except (self._engine.dialect.loaded_dbapi.Error, OSError) as error:
             raise self._fault_of(error) from error
 
     def _fault_of(self, error: BaseException | None) -> LedgerUnavailable:
@@ -258,7 +391,7 @@ class Database:
                     event[1]["hint"] = f"what lay there is {found} now; to use another ledger, stop the daemon first"
         finally:
             lock.execute("ROLLBACK")
-        self._engine.dispose()
+        self._disconnect()
         self._keep_open()
         log.error(event[0], **event[1])
 
@@ -330,6 +463,8 @@ def _configure(connection: sqlite3.Connection, _: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
+    if connection.get_execution_options().get("manual"):
+        return  # a session says itself when
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN")
 
 

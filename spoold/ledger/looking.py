@@ -129,7 +129,7 @@ class Looking(Rebuilding):
     def replaced_waiting(self) -> int:
         """Return how many replaced keys wait to be deleted."""
         with self.read() as connection:
-            return connection.execute(select(func.count()).select_from(replaced)).scalar_one()
+            return int(connection.execute(select(func.count()).select_from(replaced)).scalar_one())
 
     def unfinished_work(self, spools: Iterable[str], *, owner: str) -> dict[str, int]:
         """Return how much is left to do, by what it waits for.

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import BindParameter, Connection, Row, Select, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import BindParameter, and_, bindparam, delete, func, insert, or_, select, update
 
 from spoold.clock import iso
 from spoold.errors import ClaimLost, KeyTaken, SpooldError
@@ -28,6 +28,8 @@ from spoold.ledger.schema import (
     replaced,
     sighting,
 )
+from spoold.ledger.statements import Session, Statement
+from spoold.ledger.watching import CHANGE_RECORD
 from spoold.model import (
     ORIGINAL,
     Answer,
@@ -63,10 +65,9 @@ class Walking(Claiming):
         with self.write() as change:
             self._demand(change, mine)
             is_new = False
-            rebuilt_at = self._rebuilt_at(change.connection)
+            rebuilt_at = self._rebuilt_at(change.session)
             self._take_keys(change, mine, puts)
             pasts = _by_key(change, _INTENTS_OF_KEYS, puts)
-            begun: list[tuple[int, dict[str, Any]]] = []
             for put in puts:
                 past = pasts.get((put.bucket, put.key), [])
                 put = self._with_abandoned(change, put, past)
@@ -85,27 +86,22 @@ class Walking(Claiming):
                             change.execute(insert(intent), doubt)
                         was_sent = any(row.answer != Answer.REFUSED and row.digest is not None for row in past)
                         put = dataclasses.replace(put, is_sought=not was_sent)
-                    begun.append((len(intended), row))
+                    put = dataclasses.replace(put, intent=change.execute(_BEGIN_INTENT, row).scalar_one())
                 intended.append(put)
-            if begun:
-                identifiers = change.execute(_BEGIN_INTENTS, [row for _, row in begun]).scalars()
-                for (place, _), identifier in zip(begun, identifiers, strict=True):
-                    intended[place] = dataclasses.replace(intended[place], intent=identifier)
-            if intended:
-                hashed = [
-                    {"of_file": put.file.id, "digest": put.digests.sha256, "bucket": put.bucket, "key": put.key}
-                    for put in intended
-                ]  # fmt: skip
-                change.execute(_NOTE_DIGEST, hashed)
+            hashed = [
+                {"of_file": put.file.id, "digest": put.digests.sha256, "bucket": put.bucket, "key": put.key}
+                for put in intended
+            ]  # fmt: skip
+            change.execute(_NOTE_DIGEST, hashed)
             self._set_version(change, mine, is_new)
         return intended
 
-    def _rebuilt_at(self, connection: Connection) -> float:
+    def _rebuilt_at(self, session: Session) -> float:
         """Return when this ledger was begun in the place of one that was lost, seconds since the epoch; -inf if it was not."""
-        rebuilt_at = connection.execute(_REBUILT_AT).scalar()
+        rebuilt_at = session.execute(_REBUILT_AT, {}).scalar()
         return float("-inf") if rebuilt_at is None else float(rebuilt_at)
 
-    def _with_abandoned(self, change: Transaction, put: Put, past: Sequence[Row[Any]]) -> Put:
+    def _with_abandoned(self, change: Transaction, put: Put, past: Sequence[Any]) -> Put:
         """Hand over the multipart uploads that walks before this one left open; nobody is told of them twice."""
         left = [row for row in past if row.upload_id is not None and row.answer != Answer.CONFIRMED]
         if left:
@@ -115,13 +111,14 @@ class Walking(Claiming):
     def _set_version(self, change: Transaction, mine: Claim, is_new: bool) -> None:
         """New content of the record, by digest, is a new version; the same bytes again are not."""
         version = change.execute(_VERSION_OF, {"of_record": mine.batch.record_key}).scalar_one() + is_new
-        change.execute(_CHANGE_RECORD, {"of_record": mine.batch.record_key, "version": version})
+        change.execute(CHANGE_RECORD, {"of_record": mine.batch.record_key, "version": version})
         change.execute(CHANGE_BATCH, {"of_batch": mine.batch.id, "version": version})
 
     def live_fingerprint(self, mine: Claim) -> str | None:
         """Return the MD5 of the record's live original, hex, if it has one."""
         with self.read() as connection:
-            return connection.execute(_LIVE_FINGERPRINT, {"of_record": mine.batch.record_key}).scalar()
+            found: str | None = connection.execute(_LIVE_FINGERPRINT, {"of_record": mine.batch.record_key}).scalar()
+            return found
 
     def was_taken_as_is(self, mine: Claim) -> bool:
         """Say whether a person had the batch taken as it lies."""
@@ -147,9 +144,8 @@ class Walking(Claiming):
                     hint="give the spool a `key` that tells the two apart, or remove one of the two records",
                 )
         free = {(put.bucket, put.key) for put in puts} - set(owned)
-        if free:
-            taken = [{"bucket": bucket, "key": key, "record_key": mine.batch.record_key} for bucket, key in sorted(free)]
-            change.execute(_TAKE_KEY, taken)
+        taken = [{"bucket": bucket, "key": key, "record_key": mine.batch.record_key} for bucket, key in sorted(free)]
+        change.execute(_TAKE_KEY, taken)
 
     def note_upload(self, identifier: int, upload_id: str) -> None:
         """Write down a multipart upload before its first part goes out."""
@@ -179,8 +175,8 @@ class Walking(Claiming):
                 answers.append(values)
             else:
                 proofs.append(values | _proof_columns(result.stored) | {"proven_at": change.now})
-        for rows in filter(None, (answers, proofs)):
-            change.execute(_CHANGE_INTENT, rows)
+        change.execute(_CHANGE_INTENT, answers)
+        change.execute(_CHANGE_INTENT, proofs)
 
     def stored(self, mine: Claim, results: Sequence[PutResult], *, replaced_after_s: float | None, elapsed_s: float) -> Claim:
         """Everything of the batch is proven in the bucket: from here on the bucket is the truth. Return the claim as it is now.
@@ -223,7 +219,7 @@ class Walking(Claiming):
         return dataclasses.replace(mine, batch=now_stored)
 
     def _live(
-        self, change: Transaction, mine: Claim, results: Sequence[PutResult], before: Mapping[tuple[str, str], Row[Any]]
+        self, change: Transaction, mine: Claim, results: Sequence[PutResult], before: Mapping[tuple[str, str], Any]
     ) -> None:
         """Put objects into the manifest in the place of what their keys held before."""
         proven = _proven_at(change, [result.put.intent for result in results if result.put.adopted is not None])
@@ -241,32 +237,24 @@ class Walking(Claiming):
                 "proven_at": proven.get(put.intent) or change.now, **_proof_columns(result.stored),
             })  # fmt: skip
             keys.append({"of_bucket": put.bucket, "of_key": put.key, "of_intent": put.intent})
-        if rows:
-            change.execute(_NOT_LIVE, keys)
-            change.execute(_INSERT_OBJECT, rows)
-            change.execute(_NOT_REPLACED, keys)
-            change.execute(_FORGET_OLDER, keys)
+        change.execute(_NOT_LIVE, keys)
+        change.execute(_INSERT_OBJECT, rows)
+        change.execute(_NOT_REPLACED, keys)
+        change.execute(_FORGET_OLDER, keys)
 
     def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
         """A newer original took its place: the record's other keys go, also those that an abandoned version may have left.
 
         What was only found in the bucket leaves the manifest, but stays: nobody knows who uploaded it.
         """
-        mine_keys = select(batch_file.c.key).where(batch_file.c.batch_id == mine.batch.id, batch_file.c.key.is_not(None))
-        others = and_(object_.c.record_key == mine.batch.record_key, object_.c.key.not_in(mine_keys))
-        change.execute(delete(object_).where(others, object_.c.batch_id == FOUND))
-        live = select(object_.c.bucket, object_.c.key).where(others)
-        written = select(intent.c.bucket, intent.c.key).where(
-            intent.c.record_key == mine.batch.record_key,
-            intent.c.kind == "put",
-            or_(intent.c.answer != Answer.REFUSED, intent.c.doubt_at.is_not(None)),
-            intent.c.key.not_in(mine_keys),
-        )
-        for bucket, key in {*map(tuple, change.execute(live)), *map(tuple, change.execute(written))}:
-            change.execute(delete(object_).where(object_.c.bucket == bucket, object_.c.key == key))
-            change.execute(delete(replaced).where(replaced.c.bucket == bucket, replaced.c.key == key))
-            row = {"bucket": bucket, "key": key, "record_key": mine.batch.record_key, "due_at": due_at}
-            change.execute(insert(replaced), row)
+        asked = {"of_record": mine.batch.record_key, "of_batch": mine.batch.id}
+        change.execute(_FORGET_FOUND, asked)
+        others = {*change.execute(_OTHERS_LIVE, asked), *change.execute(_OTHERS_WRITTEN, asked)}
+        keys = [{"of_bucket": bucket, "of_key": key} for bucket, key in others]
+        change.execute(_NOT_LIVE, keys)
+        change.execute(_NOT_REPLACED, keys)
+        rows = [{"bucket": bucket, "key": key, "record_key": mine.batch.record_key, "due_at": due_at} for bucket, key in others]
+        change.execute(_INSERT_REPLACED, rows)
 
     # How a walk ends
 
@@ -381,12 +369,12 @@ class Walking(Claiming):
 _KEYS_AT_ONCE = 500
 
 
-def _by_key(change: Transaction, statement: Select[Any], puts: Sequence[Put]) -> dict[tuple[str, str], list[Row[Any]]]:
+def _by_key(change: Transaction, statement: Statement, puts: Sequence[Put]) -> dict[tuple[str, str], list[Any]]:
     """Run a statement for the keys of these PUTs, and return its rows by bucket and key."""
     keys: dict[str, list[str]] = {}
     for put in puts:
         keys.setdefault(put.bucket, []).append(put.key)
-    found: dict[tuple[str, str], list[Row[Any]]] = {}
+    found: dict[tuple[str, str], list[Any]] = {}
     for bucket, wanted in keys.items():
         for start in range(0, len(wanted), _KEYS_AT_ONCE):
             asked = {"of_bucket": bucket, "of_keys": wanted[start : start + _KEYS_AT_ONCE]}
@@ -404,45 +392,66 @@ def _proven_at(change: Transaction, intents: Sequence[int]) -> dict[int, float |
     return proven
 
 
-# The statements of every walk: made once, since making one costs several times what running it does.
+# The statements of every walk.
 
 _OF_KEYS: BindParameter[list[str]] = bindparam("of_keys", expanding=True)
-_INTENTS_OF_KEYS = (
+_INTENTS_OF_KEYS = Statement(
     select(intent).where(intent.c.bucket == bindparam("of_bucket"), intent.c.key.in_(_OF_KEYS)).order_by(intent.c.id.desc())
 )
-_NEWEST_INTENTS = (
+_NEWEST_INTENTS = Statement(
     select(intent.c.bucket, intent.c.key, func.max(intent.c.id).label("id"))
     .where(intent.c.bucket == bindparam("of_bucket"), intent.c.key.in_(_OF_KEYS))
     .group_by(intent.c.bucket, intent.c.key)
 )
-_OWNERS_OF_KEYS = select(key_owner).where(key_owner.c.bucket == bindparam("of_bucket"), key_owner.c.key.in_(_OF_KEYS))
-_TAKE_KEY = insert(key_owner)
-_BEGIN_INTENTS = insert(intent).returning(intent.c.id, sort_by_parameter_order=True)
-_CHANGE_INTENT = update(intent).where(intent.c.id == bindparam("of_intent"))
-_PROVEN_AT = select(intent.c.id, intent.c.proven_at).where(intent.c.id.in_(bindparam("of_intents", expanding=True)))
-_NOTE_DIGEST = update(batch_file).where(batch_file.c.id == bindparam("of_file"))
-_VERSION_OF = select(record.c.version).where(record.c.id == bindparam("of_record"))
-_CHANGE_RECORD = update(record).where(record.c.id == bindparam("of_record"))
-_REBUILT_AT = select(about.c.value).where(about.c.name == REBUILT_AT)
-_LIVE_FINGERPRINT = (
+_OWNERS_OF_KEYS = Statement(
+    select(key_owner).where(key_owner.c.bucket == bindparam("of_bucket"), key_owner.c.key.in_(_OF_KEYS))
+)
+_TAKE_KEY = Statement(insert(key_owner))
+_BEGIN_INTENT = Statement(insert(intent).returning(intent.c.id))
+_CHANGE_INTENT = Statement(update(intent).where(intent.c.id == bindparam("of_intent")))
+_PROVEN_AT = Statement(select(intent.c.id, intent.c.proven_at).where(intent.c.id.in_(bindparam("of_intents", expanding=True))))
+_NOTE_DIGEST = Statement(update(batch_file).where(batch_file.c.id == bindparam("of_file")))
+_VERSION_OF = Statement(select(record.c.version).where(record.c.id == bindparam("of_record")))
+_REBUILT_AT = Statement(select(about.c.value).where(about.c.name == REBUILT_AT))
+_LIVE_FINGERPRINT = Statement(
     select(object_.c.md5)
     .where(object_.c.record_key == bindparam("of_record"), object_.c.style == ORIGINAL)
     .order_by(object_.c.id.desc())
     .limit(1)
 )
-_OBJECTS_AT = select(object_.c.bucket, object_.c.key, object_.c.digest, object_.c.uploaded_at).where(
-    object_.c.bucket == bindparam("of_bucket"), object_.c.key.in_(_OF_KEYS)
+_OBJECTS_AT = Statement(
+    select(object_.c.bucket, object_.c.key, object_.c.digest, object_.c.uploaded_at).where(
+        object_.c.bucket == bindparam("of_bucket"), object_.c.key.in_(_OF_KEYS)
+    )
 )
-_NOT_LIVE = delete(object_).where(object_.c.bucket == bindparam("of_bucket"), object_.c.key == bindparam("of_key"))
-_INSERT_OBJECT = insert(object_)
-_NOT_REPLACED = delete(replaced).where(replaced.c.bucket == bindparam("of_bucket"), replaced.c.key == bindparam("of_key"))
-_FORGET_OLDER = delete(intent).where(  # what came before the newest proven PUT and is not in doubt has nothing left to tell
-    intent.c.bucket == bindparam("of_bucket"), intent.c.key == bindparam("of_key"), intent.c.id < bindparam("of_intent"),
-    intent.c.answer.is_not(None), intent.c.doubt_at.is_(None), intent.c.kind == "put",
+_NOT_LIVE = Statement(delete(object_).where(object_.c.bucket == bindparam("of_bucket"), object_.c.key == bindparam("of_key")))
+_INSERT_OBJECT = Statement(insert(object_))
+_NOT_REPLACED = Statement(
+    delete(replaced).where(replaced.c.bucket == bindparam("of_bucket"), replaced.c.key == bindparam("of_key"))
+)
+_MINE_KEYS = select(batch_file.c.key).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.key.is_not(None))
+_OTHERS = and_(object_.c.record_key == bindparam("of_record"), object_.c.key.not_in(_MINE_KEYS))
+_FORGET_FOUND = Statement(delete(object_).where(_OTHERS, object_.c.batch_id == FOUND))
+_OTHERS_LIVE = Statement(select(object_.c.bucket, object_.c.key).where(_OTHERS))
+_OTHERS_WRITTEN = Statement(
+    select(intent.c.bucket, intent.c.key).where(
+        intent.c.record_key == bindparam("of_record"),
+        intent.c.kind == "put",
+        or_(intent.c.answer != Answer.REFUSED, intent.c.doubt_at.is_not(None)),
+        intent.c.key.not_in(_MINE_KEYS),
+    )
+)
+_INSERT_REPLACED = Statement(insert(replaced))
+# What came before the newest proven PUT and is not in doubt has nothing left to tell.
+_FORGET_OLDER = Statement(
+    delete(intent).where(
+        intent.c.bucket == bindparam("of_bucket"), intent.c.key == bindparam("of_key"), intent.c.id < bindparam("of_intent"),
+        intent.c.answer.is_not(None), intent.c.doubt_at.is_(None), intent.c.kind == "put",
+    )
 )  # fmt: skip
 
 
-def _stored_object(row: Row[Any]) -> StoredObject:
+def _stored_object(row: Any) -> StoredObject:
     return StoredObject(
         row.bucket, row.key, row.size, row.content_type, row.etag, row.checksum_algorithm, row.checksum, row.version_id
     )

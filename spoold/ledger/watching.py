@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, or_, select, update
 
 from spoold.clock import Clock
 from spoold.ledger.database import Database, Transaction
 from spoold.ledger.schema import about, batch, batch_file, elsewhere, object_, record, sighting
+from spoold.ledger.statements import Statement
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
 
 _AT_ONCE = 500
@@ -236,7 +237,7 @@ class Watching(Database):
         return change.execute(_INSERT_RECORD, values).scalar_one(), 0
 
     def _touched(self, change: Transaction, key: int) -> None:
-        change.execute(_TOUCH, {"of_record": key, "updated_at": change.at})
+        change.execute(CHANGE_RECORD, {"of_record": key, "updated_at": change.at})
 
     def _supersede(self, change: Transaction, key: int, *, before: int | None) -> None:
         """Let the record's older batches give way. One with files set aside is still walked until these are let go."""
@@ -254,7 +255,7 @@ class Watching(Database):
             change.tell("batch.superseded", record_key=key, batch=row.id, spool=whose.spool, record=whose.path)
 
 
-def identity_of(row: Row[tuple[object, ...]]) -> Identity:
+def identity_of(row: Any) -> Identity:
     return Identity(row.dev, row.ino, row.size, row.mtime_ns, row.ctime_ns)
 
 
@@ -271,12 +272,12 @@ def _unfinished(spool: str, column: ColumnElement[Any]):  # type: ignore[no-unty
     )
 
 
-# The statements of every look: made once, since making one costs several times what running it does.
+# The statements of every look.
 
-_RECORD = select(record.c.id, record.c.version).where(
-    record.c.spool == bindparam("of_spool"), record.c.path == bindparam("of_path")
+_RECORD = Statement(
+    select(record.c.id, record.c.version).where(record.c.spool == bindparam("of_spool"), record.c.path == bindparam("of_path"))
 )
-_KNOWN = (
+_KNOWN = Statement(
     select(
         record.c.id,
         exists().where(object_.c.record_key == record.c.id, object_.c.style == ORIGINAL).label("has_original"),
@@ -286,30 +287,36 @@ _KNOWN = (
     .outerjoin(sighting, sighting.c.record_key == record.c.id)
     .where(record.c.spool == bindparam("of_spool"), record.c.path == bindparam("of_path"))
 )  # fmt: skip
-_CURRENT = (
+_CURRENT = Statement(
     select(batch)
     .where(batch.c.record_key == bindparam("of_record"), batch.c.state != State.SUPERSEDED)
     .order_by(batch.c.id.desc())
     .limit(1)
 )
-_STANDING = select(batch.c.id, batch.c.state).where(
-    batch.c.record_key == bindparam("of_record"), batch.c.state.in_((State.PENDING, State.DEAD, State.STORED))
+_STANDING = Statement(
+    select(batch.c.id, batch.c.state).where(
+        batch.c.record_key == bindparam("of_record"), batch.c.state.in_((State.PENDING, State.DEAD, State.STORED))
+    )
 )
-_FILES_LEFT = select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.is_gone.is_(False))
-_GONE = (
+_FILES_LEFT = Statement(
+    select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.is_gone.is_(False))
+)
+_GONE = Statement(
     select(batch_file.c.id)
     .where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.is_gone, batch_file.c.is_marker.is_(False))
     .limit(1)
 )
-_LIVE_SIZES = select(object_.c.style, object_.c.filename, object_.c.size).where(object_.c.record_key == bindparam("of_record"))
-_SIGHTING = select(sighting).where(sighting.c.record_key == bindparam("of_record"))
-_INSERT_SIGHTING = insert(sighting)
-_CHANGE_SIGHTING = update(sighting).where(sighting.c.record_key == bindparam("of_record"))
-_NOT_SEEN = delete(sighting).where(sighting.c.record_key == bindparam("of_record"))
-_INSERT_RECORD = insert(record).returning(record.c.id)
-_TOUCH = update(record).where(record.c.id == bindparam("of_record"))
-_INSERT_BATCH = insert(batch).returning(batch.c.id)
-_INSERT_FILES = insert(batch_file)
+_LIVE_SIZES = Statement(
+    select(object_.c.style, object_.c.filename, object_.c.size).where(object_.c.record_key == bindparam("of_record"))
+)
+_SIGHTING = Statement(select(sighting).where(sighting.c.record_key == bindparam("of_record")))
+_INSERT_SIGHTING = Statement(insert(sighting))
+_CHANGE_SIGHTING = Statement(update(sighting).where(sighting.c.record_key == bindparam("of_record")))
+_NOT_SEEN = Statement(delete(sighting).where(sighting.c.record_key == bindparam("of_record")))
+_INSERT_RECORD = Statement(insert(record).returning(record.c.id))
+CHANGE_RECORD = Statement(update(record).where(record.c.id == bindparam("of_record")))
+_INSERT_BATCH = Statement(insert(batch).returning(batch.c.id))
+_INSERT_FILES = Statement(insert(batch_file))
 
 
 def _file_row(batch_id: int, file: SpooledFile, is_marker: bool) -> dict[str, object]:
