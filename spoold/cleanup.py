@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import structlog
 
@@ -37,6 +38,7 @@ from spoold.errors import (
 from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
 from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing
+from spoold.steps import Steps, Write
 from spoold.store import Store
 
 log = structlog.get_logger()
@@ -106,7 +108,7 @@ class Cleaner:
         self._aside_since: dict[str, float] = {}  # name in aside/ → monotonic seconds
         self._doubts = Doubts(rules.doubt_s, clock)
 
-    def clear(self, claim: Claim) -> Due | None:
+    def clear(self, claim: Claim) -> Steps[Due | None]:
         """Let go of the batch's local files as far as it is time; None when none is left that may ever go.
 
         Raises Missing if the bucket has lost an object, StoreUnavailable or StoreDenied where that cannot be found out,
@@ -128,9 +130,9 @@ class Cleaner:
                 if file.aside_name is not None:
                     self._give_back_ours(claim, file, str(lost))
             raise
-        waits = self._clear_files(claim, [file for file in left if not file.is_marker])
+        waits = yield from self._clear_files(claim, [file for file in left if not file.is_marker])
         if not waits:
-            waits = self._clear_files(claim, [file for file in left if file.is_marker])
+            waits = yield from self._clear_files(claim, [file for file in left if file.is_marker])
         return min(waits, key=lambda due: due.in_s) if waits else None
 
     def _may_go(self, claim: Claim) -> Due | None:
@@ -186,14 +188,14 @@ class Cleaner:
 
     # Files, each step for all of them under one commit
 
-    def _clear_files(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+    def _clear_files(self, claim: Claim, files: list[BatchFile]) -> Steps[list[Due]]:
         """Take each file one step further; return what has to be waited for."""
-        waits = self._look_last(claim, [file for file in files if file.aside_name is not None])
+        waits = yield from self._look_last(claim, [file for file in files if file.aside_name is not None])
         if claim.batch.state is State.STORED:  # else what still lies in its place is a newer batch's
-            waits += self._set_aside(claim, [file for file in files if file.aside_name is None])
+            waits += yield from self._set_aside(claim, [file for file in files if file.aside_name is None])
         return waits
 
-    def _set_aside(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+    def _set_aside(self, claim: Claim, files: list[BatchFile]) -> Steps[list[Due]]:
         """Rename files out of the app's way and look again; they then wait for their grace."""
         waits, ready, foreign = [], [], []
         for file in files:
@@ -212,13 +214,14 @@ class Cleaner:
                 if writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
                     ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
         if foreign:
-            self._ledger.let_go(claim, foreign, deleted=False)
+            yield Write(partial(self._ledger.let_go, claim, foreign, deleted=False))
         if not ready:
             return waits
         self._demand_claim()
-        self._ledger.set_aside(claim, ready)
+        yield Write(partial(self._ledger.set_aside, claim, ready))
         faults = []
         for file in ready:
+            self._demand_claim()
             try:
                 is_aside = self._aside.take(file)
             except OSError as error:  # of this one: the others go on
@@ -263,7 +266,7 @@ class Cleaner:
         except (Vanished, Changed):
             return None
 
-    def _look_last(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+    def _look_last(self, claim: Claim, files: list[BatchFile]) -> Steps[list[Due]]:
         """Where the grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
         waits, gone = [], []
         for file in files:
@@ -290,7 +293,7 @@ class Cleaner:
             self._aside_since.pop(file.aside_name, None)
             gone.append(file)
         if gone:
-            self._ledger.let_go(claim, gone, deleted=True)
+            yield Write(partial(self._ledger.let_go, claim, gone, deleted=True))
         return waits
 
     def _give_back_ours(self, claim: Claim, file: BatchFile, reason: str) -> Due | None:

@@ -33,7 +33,8 @@ DRAINED, LEFT, REFUSED, CRASHED = 0, 75, 69, 70
 LEDGER_LOST = -1
 """No exit code: the ledger was damaged and is out of the way; another daemon in this process begins it anew."""
 
-_MOST_WORKERS = 8
+_MOST_WORKERS = 4
+_SIDE_BY_SIDE = 32  # batches that one worker walks at once
 _AUTO_CONCURRENCY = 16
 _MEMORY_BYTES = 64 << 20  # of files in flight
 _IDLE_S = 1.0
@@ -93,7 +94,7 @@ class Daemon:
         retry = settings.upload.retry
         self._pipeline = Pipeline(
             ledger=self._ledger, parts={spool.name: self._parts(spool) for spool in settings.spools}, holds=self._holds,
-            retry=Retry(retry.initial, retry.max, retry.give_up_after), clock=self._clock,
+            retry=Retry(retry.initial, retry.max, retry.give_up_after), clock=self._clock, pool=self._pool,
         )  # fmt: skip
         self._remover = Remover(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
@@ -147,7 +148,7 @@ class Daemon:
 
     def _parts(self, spool: config.Spool) -> Parts:
         uploader = Uploader(
-            spool=self._spools[spool.name], store=self._store, destination=self._destination(spool), pool=self._pool,
+            spool=self._spools[spool.name], store=self._store, destination=self._destination(spool),
             budget=self._budget, bandwidth=self._bandwidth, clock=self._clock, stop=self._stop,
             demand_claim=self._owner.demand,
         )  # fmt: skip
@@ -285,7 +286,7 @@ class Daemon:
         """One worker: claim, walk, again. One of them clears first, so that a backlog does not keep the disk full."""
         unfinished: list[Claim] = []  # walks that could not tell the ledger how they ended
         while not self._stop.is_set():
-            claim = None
+            claims: list[Claim] = []
             try:
                 while unfinished:
                     self._ledger.put_back(unfinished[-1])
@@ -294,19 +295,20 @@ class Daemon:
                     self._busy += 1
                 try:
                     with self._owner.at_work() as may_claim:
-                        claim = self._claim(uploads_first) if may_claim else None
-                        if claim is not None:
+                        claims = self._claim(uploads_first) if may_claim else []
+                        if claims:
                             self._wake_another()  # there may be more, and somebody must look out while we walk
-                            self._pipeline.walk(claim)
+                            ends = self._pipeline.walk_all(claims)
+                            unfinished = [c for c, end in zip(claims, ends, strict=True) if isinstance(end, LedgerUnavailable)]
                 finally:
                     with self._work:
                         self._busy -= 1
             except LedgerUnavailable:  # the ledger told of it
-                if claim is not None:
-                    unfinished.append(claim)
                 self._stop.wait(_IDLE_S)
                 continue
-            if claim is None:
+            if unfinished:
+                self._stop.wait(_IDLE_S)
+            elif not claims:
                 self._wait_for_work()
 
     def _wait_for_work(self) -> None:
@@ -323,11 +325,13 @@ class Daemon:
             finally:
                 self._has_lookout = False
 
-    def _claim(self, uploads_first: bool) -> Claim | None:
+    def _claim(self, uploads_first: bool) -> list[Claim]:
         crashes = self._settings.upload.retry.crashes
         with self._work:
             spools = sorted(self._recovered)
-        return self._ledger.claim(self._owner.name, spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first)
+        return self._ledger.claim(
+            self._owner.name, spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first, at_most=_SIDE_BY_SIDE
+        )
 
     def _renew(self, done: threading.Event) -> None:
         """Keep our claims alive; without this they run out and others take over."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 from spoold import container, styles
 from spoold.cleanup import Cleaner, Missing
@@ -30,6 +32,7 @@ from spoold.holds import Holds
 from spoold.ledger import Ledger
 from spoold.model import Answer, Claim, Outcome, PutResult, State
 from spoold.spool import Spool, fault_of
+from spoold.steps import SideBySide, Steps, Write
 from spoold.uploader import Uploader
 
 
@@ -61,28 +64,36 @@ class Parts:
 class Pipeline:
     """Walks claimed batches, in whatever thread calls it."""
 
-    def __init__(self, *, ledger: Ledger, parts: dict[str, Parts], holds: Holds, retry: Retry, clock: Clock) -> None:
+    def __init__(
+        self, *, ledger: Ledger, parts: dict[str, Parts], holds: Holds, retry: Retry, clock: Clock, pool: Executor
+    ) -> None:
         self._ledger = ledger
+        self._side_by_side = SideBySide(together=ledger.together, pool=pool)
         self._parts = parts
         self._holds = holds
         self._retry = retry
         self._clock = clock
         self._ages = Ages(clock)
 
-    def walk(self, claim: Claim) -> Outcome:
-        """Take one claimed batch as far as it will go, and write down how far that was.
+    def walk_all(self, claims: Sequence[Claim]) -> list[Outcome | LedgerUnavailable]:
+        """Walk claimed batches side by side, and return how each walk ended.
 
-        Raises LedgerUnavailable, and then the claim is still ours.
+        Where that is LedgerUnavailable the claim is still ours.
         """
+        return self._side_by_side.run([self.walk(claim) for claim in claims])
+
+    def walk(self, claim: Claim) -> Steps[Outcome]:
+        """Take one claimed batch as far as it will go, and write down how far that was."""
         batch, parts = claim.batch, self._parts[claim.batch.spool]
         try:
             if batch.state is State.PENDING:
-                claim = self._upload(claim, parts)  # every file in the bucket, proven; written down durably
-            if due := parts.cleaner.clear(claim):  # only now may the disk forget; not before min_age, keep_for, grace
-                self._ledger.come_back(claim, self._clock.now() + due.in_s, due.waiting_for)
+                claim = yield from self._upload(claim, parts)  # every file in the bucket, proven; written down durably
+            due = yield from parts.cleaner.clear(claim)  # only now may the disk forget; not before min_age, keep_for, grace
+            if due:
+                yield Write(partial(self._ledger.come_back, claim, self._clock.now() + due.in_s, due.waiting_for))
                 return Outcome.WAITING
             due = parts.cleaner.prune(claim)
-            self._ledger.done(claim, self._clock.now() + due.in_s if due else None)
+            yield Write(partial(self._ledger.done, claim, self._clock.now() + due.in_s if due else None))
             return Outcome.DONE
         except LedgerUnavailable:
             raise
@@ -93,7 +104,7 @@ class Pipeline:
         except ClaimLost as lost:  # a newer batch came while this one failed
             return self._answer(claim, parts, lost)
 
-    def _upload(self, claim: Claim, parts: Parts) -> Claim:
+    def _upload(self, claim: Claim, parts: Parts) -> Steps[Claim]:
         began = self._clock.monotonic()
         if parts.decodes:
             self._demand_whole_images(claim, parts.spool)
@@ -101,13 +112,17 @@ class Pipeline:
         puts = parts.uploader.prepare(claim.batch, fingerprint=self._ledger.live_fingerprint(claim))
         for marker in (file for file in claim.batch.files if file.is_marker and not file.is_gone):
             self._ledger.mark_hashed(claim, marker, parts.uploader.hash(marker).sha256)
-        puts = self._ledger.intend(claim, puts)
-        results = parts.uploader.put(puts, on_upload=lambda put, upload: self._ledger.note_upload(put.intent, upload))
+        puts = yield Write(partial(self._ledger.intend, claim, puts))
+        results = yield from parts.uploader.put(
+            puts, on_upload=lambda put, upload: self._ledger.note_upload(put.intent, upload)
+        )
         if any(result.answer is not Answer.CONFIRMED for result in results):
-            self._ledger.answered(results)
+            yield Write(partial(self._ledger.answered, results))
             _raise_worst(results)
         elapsed_s = self._clock.monotonic() - began
-        return self._ledger.stored(claim, results, replaced_after_s=parts.replaced_after_s, elapsed_s=elapsed_s)
+        stored = partial(self._ledger.stored, replaced_after_s=parts.replaced_after_s, elapsed_s=elapsed_s)
+        now_stored: Claim = yield Write(partial(stored, claim, results))
+        return now_stored
 
     def _demand_whole_images(self, claim: Claim, spool: Spool) -> None:
         """Raise Unfinished if images do not decode. A batch taken as it lies is not asked."""

@@ -10,8 +10,8 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 import tenacity
@@ -23,6 +23,7 @@ from spoold.errors import BadPath, Changed, Draining, SpooldError, Stale, StoreU
 from spoold.layout import Layout
 from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, Identity, Put, PutResult, StoredObject
 from spoold.spool import Spool, fault_of
+from spoold.steps import Ask, Steps
 from spoold.store import Store
 
 log = structlog.get_logger()
@@ -101,13 +102,12 @@ class Uploader:
     """
 
     def __init__(
-        self, *, spool: Spool, store: Store, destination: Destination, pool: Executor, budget: Budget, bandwidth: Bandwidth,
+        self, *, spool: Spool, store: Store, destination: Destination, budget: Budget, bandwidth: Bandwidth,
         clock: Clock, stop: threading.Event, demand_claim: Callable[[], None],
     ) -> None:  # fmt: skip
         self._spool = spool
         self._store = store
         self._to = destination
-        self._pool = pool
         self._budget = budget
         self._bandwidth = bandwidth
         self._clock = clock
@@ -177,7 +177,7 @@ class Uploader:
 
     # After the intent
 
-    def put(self, puts: Sequence[Put], *, on_upload: Callable[[Put, str], None]) -> list[PutResult]:
+    def put(self, puts: Sequence[Put], *, on_upload: Callable[[Put, str], None]) -> Steps[list[PutResult]]:
         """Send what is not in the bucket yet, originals first and confirmed before anything else goes; say how each ended.
 
         on_upload: called with a multipart upload's id before its first part. Raises nothing for a single PUT's fault: the
@@ -185,9 +185,10 @@ class Uploader:
         """
         originals = [put for put in puts if put.file.file.style == ORIGINAL]
         others = [put for put in puts if put.file.file.style != ORIGINAL]
-        results = list(self._pool.map(lambda put: self._put(put, on_upload), originals))
+        results: list[PutResult] = yield Ask([partial(self._put, put, on_upload) for put in originals])
         if all(result.answer is Answer.CONFIRMED for result in results):
-            return results + list(self._pool.map(lambda put: self._put(put, on_upload), others))
+            rest: list[PutResult] = yield Ask([partial(self._put, put, on_upload) for put in others])
+            return results + rest
         unsent = Draining("its original is not in the bucket yet")
         return results + [PutResult(put, Answer.REFUSED, error=unsent) for put in others]
 

@@ -25,7 +25,7 @@ from spoold import cleanup, completeness
 from spoold.cleanup import Cleaner
 from spoold.clock import Ages, SystemClock
 from spoold.digest import Digester
-from spoold.errors import ClaimLost
+from spoold.errors import ClaimLost, LedgerUnavailable
 from spoold.holds import Holds
 from spoold.layout import Layout
 from spoold.ledger import Ledger
@@ -38,6 +38,7 @@ from spoold.model import (
     Claim,
     Headers,
     Identity,
+    Outcome,
     Put,
     PutResult,
     Snapshot,
@@ -47,6 +48,7 @@ from spoold.model import (
 )
 from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.spool import ASIDE, KEPT, Spool
+from spoold.steps import SideBySide, Steps
 from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
 
@@ -347,7 +349,7 @@ class Bench:
         return self.ledger.offer(NAME, snapshot, snapshot.files, decided_by=decided_by, is_all=is_all)
 
     def claim(self, owner: str = "me", *, lease_s: float = LEASE_S, crashes: int = 3) -> Claim | None:
-        return self.ledger.claim(owner, [NAME], lease_s=lease_s, crashes=crashes)
+        return next(iter(self.ledger.claim(owner, [NAME], lease_s=lease_s, crashes=crashes)), None)
 
     def claimed(self, owner: str = "me") -> Claim:
         """Return the claim that there must be."""
@@ -415,7 +417,7 @@ class Bench:
 
     def uploader(self, *, bandwidth: float | None = None, budget: int = 64 << 20, **changes: Any) -> Uploader:
         return Uploader(
-            spool=self.spool, store=self.store, destination=self.destination(**changes), pool=self.pool,
+            spool=self.spool, store=self.store, destination=self.destination(**changes),
             budget=Budget(budget), bandwidth=Bandwidth(bandwidth, clock=self.clock), clock=self.clock, stop=self.stop,
             demand_claim=self.demand,
         )  # fmt: skip
@@ -464,8 +466,25 @@ class Bench:
         )  # fmt: skip
         return Pipeline(
             ledger=self.ledger, parts={NAME: parts}, holds=holds or self.holds(), retry=Retry(1.0, 300.0, give_up_after),
-            clock=self.clock,
+            clock=self.clock, pool=self.pool,
         )  # fmt: skip
+
+
+def alone(steps: Steps[T]) -> T:
+    """Take one walk to its end by itself; each of its changes is durable when it goes on."""
+    with ThreadPoolExecutor(8) as pool:
+        [end] = SideBySide(together=contextlib.nullcontext, pool=pool).run([steps])
+    if isinstance(end, LedgerUnavailable):
+        raise end
+    return end
+
+
+def walked(pipeline: Pipeline, claim: Claim) -> Outcome:
+    """Walk one batch; raises LedgerUnavailable."""
+    [end] = pipeline.walk_all([claim])
+    if isinstance(end, LedgerUnavailable):
+        raise end
+    return end
 
 
 def confirmed(puts: Iterable[Put]) -> list[PutResult]:

@@ -51,7 +51,7 @@ from spoold.holds import Holds
 from spoold.layout import Layout
 from spoold.ledger import Ledger
 from spoold.looker import Looker
-from spoold.model import HOUSE, Digests, Headers, StoredObject
+from spoold.model import HOUSE, Claim, Digests, Headers, StoredObject
 from spoold.owner import LEASE_S, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.settler import Settler
@@ -63,6 +63,7 @@ from tests.system.harness import ALLOWED_NEXT_OF_ONE
 
 DOUBT_S = 900.0
 BLINK_S = LEASE_S / 4
+_SIDE_BY_SIDE = 3  # batches that a worker walks at once
 """How long a claim that was asked for surely lasts: `Owner.demand`."""
 
 RECORDS = ("avatars/1", "avatars/2")
@@ -380,10 +381,12 @@ class Inline(Executor):
     """Runs what it is given at once, one after the other."""
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        raise NotImplementedError
-
-    def map(self, call: Callable[..., Any], *arguments: Iterable[Any], **_: Any) -> Iterator[Any]:
-        return map(call, *arguments)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*args, **kwargs))
+        except Exception as error:  # what kills the process is not kept for later
+            future.set_exception(error)
+        return future
 
 
 class PlayClock:
@@ -478,7 +481,7 @@ class Daemon:
             multipart_threshold=settings.multipart_threshold,
         )  # fmt: skip
         uploader = Uploader(
-            spool=self.spool, store=store, destination=destination, pool=Inline(), budget=Budget(1 << 20),
+            spool=self.spool, store=store, destination=destination, budget=Budget(1 << 20),
             bandwidth=Bandwidth(None, clock=clock), clock=clock, stop=self.stop, demand_claim=self._demand,
         )  # fmt: skip
         parts = Parts(
@@ -486,8 +489,9 @@ class Daemon:
             decodes=False, touch=lambda record: None,
         )  # fmt: skip
         self._pipeline = Pipeline(
-            ledger=self.ledger, parts={NAME: parts}, holds=self._holds, retry=Retry(1.0, 300.0, 0), clock=clock
-        )
+            ledger=self.ledger, parts={NAME: parts}, holds=self._holds, retry=Retry(1.0, 300.0, 0), clock=clock,
+            pool=Inline(),
+        )  # fmt: skip
         self._remover = Remover(
             ledger=self.ledger, owner=self.owner.name, stores={NAME: store}, limits={NAME: 1000}, doubt_s=DOUBT_S,
             clock=clock,
@@ -551,7 +555,7 @@ class Daemon:
 
     def work(self) -> bool:
         """A worker: claim, walk. Say whether there was something to do."""
-        claim = None
+        claims: list[Claim] = []
         try:
             while self._unfinished:
                 self.ledger.put_back(self._unfinished[-1])
@@ -560,14 +564,15 @@ class Daemon:
             if not self._has_moved_in or self.stop.is_set():
                 return False
             with self.owner.at_work() as may_claim:
-                claim = self.ledger.claim(self.owner.name, [NAME], lease_s=LEASE_S, crashes=3) if may_claim else None
-                if claim is not None:
-                    self._play.counts["walks"] += 1
-                    self._pipeline.walk(claim)
+                if may_claim:
+                    claims = self.ledger.claim(self.owner.name, [NAME], lease_s=LEASE_S, crashes=3, at_most=_SIDE_BY_SIDE)
+                if claims:
+                    self._play.counts["walks"] += len(claims)
+                    ends = self._pipeline.walk_all(claims)
+                    self._unfinished = [c for c, end in zip(claims, ends, strict=True) if isinstance(end, LedgerUnavailable)]
         except LedgerUnavailable:
-            if claim is not None:
-                self._unfinished.append(claim)
-        return claim is not None
+            pass  # nothing was claimed, or what was is not known
+        return bool(claims)
 
     def tend(self) -> None:
         """The thread that tends."""

@@ -31,6 +31,7 @@ from tests.parts import (
     NAME,
     RECORD,
     Bench,
+    alone,
     captured,
     in_a_world,
     spooled,
@@ -59,7 +60,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def step(bench: Bench, cleaner: Cleaner, claim: Claim) -> Due | None:
     """Clear once and give the claim back, as a walk does."""
-    due = cleaner.clear(claim)
+    due = alone(cleaner.clear(claim))
     if due is not None:
         bench.ledger.come_back(claim, bench.clock.now() + due.in_s, due.waiting_for)
     else:
@@ -109,7 +110,7 @@ def test_an_app_that_still_chmods_by_name_finds_its_file(bench: Bench) -> None:
     claim = bench.batch_stored(CAT)
 
     for _ in range(5):
-        cleaner.clear(claim)
+        alone(cleaner.clear(claim))
         bench.clock.advance(0.99)
 
     (bench.root / ORIGINAL).chmod(0o644)
@@ -184,7 +185,7 @@ def test_the_marker_goes_last(tmp_path: Path) -> None:
 def test_local_files_stay_where_the_configuration_says_so(bench: Bench) -> None:
     claim = bench.batch_stored(CAT)
 
-    assert bench.cleaner(deletes=False).clear(claim) is None
+    assert alone(bench.cleaner(deletes=False).clear(claim)) is None
     assert bench.cleaner(deletes=False).prune(claim) is None
     assert sorted([ORIGINAL, THUMB]) == bench.files()
 
@@ -219,7 +220,7 @@ def test_the_spools_root_may_be_lost_and_nothing_is_inferred(bench: Bench) -> No
     bench.root.rename(bench.directory / "elsewhere")
 
     with pytest.raises(Exception, match="open root"):
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
 
     assert "uploaded" == bench.state()
 
@@ -422,7 +423,7 @@ def test_a_file_that_somebody_has_open_for_writing_stays_until_they_close_it(ben
     writer = Writer(bench, name)
     writer.prepare()
 
-    due = cleaner.clear(claim)
+    due = alone(cleaner.clear(claim))
     bench.ledger.come_back(claim, bench.clock.now() + OPEN_AGAIN_S, "open")
     lies = bench.files()
     writer.close()
@@ -509,7 +510,7 @@ def test_a_file_that_a_newer_batch_has_taken_the_place_of_is_kept_though_its_nam
     bench.clock.advance(10)
 
     old = the_older(bench, claim)
-    cleaner.clear(old)
+    alone(cleaner.clear(old))
 
     assert [] == bench.files()
     assert [b"A CAT"] == [path.read_bytes() for path in bench.kept()]
@@ -597,7 +598,7 @@ def test_a_file_that_a_lease_is_held_on_is_open(bench: Bench) -> None:
     holder = os.open(bench.root / ORIGINAL, os.O_RDWR)
     fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
-    due = bench.cleaner().clear(claim)
+    due = alone(bench.cleaner().clear(claim))
     os.close(holder)
 
     assert due is not None and "open" == due.waiting_for
@@ -612,7 +613,7 @@ def test_a_file_that_cannot_be_set_aside_does_not_keep_the_others(bench: Bench, 
 
     def work() -> None:
         with pytest.raises(BadPath) as caught:
-            bench.cleaner(grace_s=60.0).clear(claim)
+            alone(bench.cleaner(grace_s=60.0).clear(claim))
         assert f"set aside {RECORD}/{shut}/cat.jpg: Permission denied" == str(caught.value)
 
     in_a_world(work, without_root_powers)
@@ -657,7 +658,7 @@ def test_what_lies_aside_of_a_batch_that_gave_way_goes_all_the_same(bench: Bench
     bench.clock.advance(10)
 
     old = the_older(bench, claim)
-    due = cleaner.clear(old)
+    due = alone(cleaner.clear(old))
 
     assert (State.SUPERSEDED, None) == (old.batch.state, due)
     assert [] == bench.aside()
@@ -683,7 +684,7 @@ def test_nothing_is_touched_without_a_claim_that_surely_lasts(bench: Bench) -> N
     bench.has_claims = False
 
     with pytest.raises(ClaimLost):
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
 
     assert sorted([ORIGINAL, THUMB]) == bench.files()
 
@@ -699,7 +700,7 @@ def test_who_was_frozen_after_the_last_look_unlinks_nothing(bench: Bench) -> Non
 
     bench.interruptions = [freeze]
     with pytest.raises(ClaimLost):
-        cleaner.clear(claim)
+        alone(cleaner.clear(claim))
 
     assert 1 == len(bench.aside())
 
@@ -711,7 +712,7 @@ def test_who_lost_the_claim_sets_nothing_aside(bench: Bench) -> None:
     bench.claimed("you")
 
     with pytest.raises(ClaimLost):
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
 
     assert sorted([ORIGINAL, THUMB]) == bench.files()
 
@@ -757,13 +758,13 @@ def test_a_directory_that_may_not_be_written_is_no_reason_to_believe_that_its_fi
 
     def work() -> None:
         with pytest.raises((OSError, BadPath)):
-            cleaner.clear(claim)
+            alone(cleaner.clear(claim))
         bench.ledger.defer(claim, BadPath("rename: permission denied"), 1.0)
         for _ in range(3):
             bench.clock.advance(2)
             again = bench.claimed()
             try:
-                due = cleaner.clear(again)
+                due = alone(cleaner.clear(again))
             except (OSError, BadPath) as why:
                 bench.ledger.defer(again, BadPath(str(why)), 1.0)
             else:
@@ -840,7 +841,7 @@ def test_rule_5_nothing_goes_while_the_store_does_not_answer(bench: Bench) -> No
     bench.clock.advance(3601)
 
     with pytest.raises(StoreUnavailable):
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
 
     assert sorted([ORIGINAL, THUMB]) == bench.files()
 
@@ -856,7 +857,7 @@ def test_rule_5_what_the_bucket_lost_is_missing_and_its_file_stays(real: Bench, 
     real.clock.advance(3601)
 
     with pytest.raises(Missing) as caught:
-        real.cleaner().clear(claim)
+        alone(real.cleaner().clear(claim))
 
     assert [ORIGINAL] == caught.value.keys
     assert sorted([ORIGINAL, THUMB]) == real.files()
@@ -871,7 +872,7 @@ def test_rule_5_what_lies_aside_comes_back_before_it_is_put_again(real: Bench, r
     claim = real.claimed()
 
     with pytest.raises(Missing) as caught:
-        cleaner.clear(claim)
+        alone(cleaner.clear(claim))
     real.ledger.reopen(claim, caught.value.keys, caught.value)
 
     assert (sorted([ORIGINAL, THUMB]), []) == (real.files(), real.aside())
@@ -935,7 +936,7 @@ def test_rule_6_what_an_older_put_overwrote_after_all_is_put_again(real: Bench, 
     claim = real.claimed()
 
     with pytest.raises(Missing) as caught:
-        cleaner.clear(claim)
+        alone(cleaner.clear(claim))
 
     assert [ORIGINAL] == caught.value.keys
     assert [ORIGINAL] == real.files()
@@ -946,12 +947,12 @@ def test_rule_6_a_doubt_is_settled_also_where_local_files_stay(real: Bench, rclo
     in_doubt(real)
     claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
     cleaner = real.cleaner(deletes=False, doubt_s=900.0)
-    due = cleaner.clear(claim)
+    due = alone(cleaner.clear(claim))
     rclone_server.client().put_object(Bucket=BUCKET, Key=ORIGINAL, Body=b"an older cat")  # it lands
     real.clock.advance(900)
 
     with pytest.raises(Missing) as caught:
-        cleaner.clear(claim)
+        alone(cleaner.clear(claim))
 
     assert Due(900.0, "doubt") == due
     assert ([ORIGINAL], [ORIGINAL]) == (caught.value.keys, real.files())
@@ -963,13 +964,13 @@ def test_rule_6_local_files_that_stay_are_asked_about_no_more_once_a_doubt_is_se
     in_doubt(real)
     claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
     cleaner = real.cleaner(deletes=False, doubt_s=900.0, keep_for_s=10_000.0)
-    cleaner.clear(claim)
+    alone(cleaner.clear(claim))
     real.clock.advance(900)
 
-    settled = cleaner.clear(claim)
+    settled = alone(cleaner.clear(claim))
     rclone_server.stop()
 
-    assert [None, None] == [settled, cleaner.clear(claim)]
+    assert [None, None] == [settled, alone(cleaner.clear(claim))]
     assert ({}, [ORIGINAL]) == (real.ledger.clearance(claim).doubts, real.files())
 
 
@@ -982,13 +983,13 @@ def test_rule_6_a_wall_clock_that_jumps_neither_ends_a_doubt_nor_prolongs_it(
     in_doubt(real)
     claim = uploaded(real, rclone_server, {"original/cat.jpg": b"a cat"})
     cleaner = real.cleaner(doubt_s=900.0)
-    cleaner.clear(claim)
+    alone(cleaner.clear(claim))
     real.clock.jump(jump_s)
 
     real.clock.advance(890)
-    still = cleaner.clear(claim)
+    still = alone(cleaner.clear(claim))
     real.clock.advance(20)
-    after = cleaner.clear(claim)
+    after = alone(cleaner.clear(claim))
 
     assert still is not None and ("doubt", True) == (still.waiting_for, 0 < still.in_s <= 10)
     assert after is not None and "doubt" != after.waiting_for
@@ -1004,12 +1005,12 @@ def test_rule_6_doubts_that_are_over_stay_so_while_the_store_does_not_answer(tmp
                 change.execute(text("UPDATE intent SET doubt_at = 1 WHERE batch_id = 1"))
         claim = bench.claimed()
         cleaner = bench.cleaner(doubt_s=900.0)
-        first = cleaner.clear(claim)
+        first = alone(cleaner.clear(claim))
 
         for _ in range(5):
             bench.clock.advance(1000)
             with pytest.raises(StoreUnavailable):
-                cleaner.clear(claim)
+                alone(cleaner.clear(claim))
 
     assert first is not None and "doubt" == first.waiting_for
 
@@ -1020,7 +1021,7 @@ def test_a_newer_version_that_is_live_is_not_let_go_by_an_older_claim(bench: Ben
         change.execute(text("UPDATE object SET digest = 'of something newer'"))
 
     with pytest.raises(ClaimLost, match="a newer version of it is live"):
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
 
     assert [ORIGINAL] == bench.files()
 
@@ -1286,7 +1287,7 @@ def test_rule_9_a_crash_at_the_last_look_lets_the_stored_file_go(bench: Bench) -
     step(bench, cleaner, claim)
     bench.interruptions = [kill]
     with pytest.raises(Killed):
-        cleaner.clear(bench.claimed())
+        alone(cleaner.clear(bench.claimed()))
 
     recover(bench)
     walk_all(bench)
@@ -1665,8 +1666,8 @@ def test_a_rename_that_was_done_is_believed_whatever_close_says_then(bench: Benc
         return op.name == "close" and any(before.name == "renameat2" for before in hand.ops) and next(is_after, True)
 
     with Hand(Fail("os", 1, refuses(errno.EIO), only=closes_after_the_rename)) as hand:
-        bench.cleaner().clear(claim)
+        alone(bench.cleaner().clear(claim))
     bench.ledger.put_back(claim)
-    bench.cleaner().clear(bench.claimed())
+    alone(bench.cleaner().clear(bench.claimed()))
 
     assert ([], []) == (bench.files(), bench.aside())

@@ -27,7 +27,7 @@ def settings(tmp_path: Path) -> config.Settings:
 
 
 def test_of_all_idle_workers_one_asks_the_ledger(settings: config.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When all eight did, an idle daemon spent most of its time on that."""
+    """When all did, an idle daemon spent most of its time on that."""
     monkeypatch.setattr(daemon, "_IDLE_S", 0.01)
     asked: list[str] = []
     running = daemon.Daemon(settings)
@@ -47,5 +47,5 @@ def test_of_all_idle_workers_one_asks_the_ledger(settings: config.Settings, monk
         running.stop()
         main.join()
 
-    assert 8 == len(set(asked)), "all have asked at the start"
+    assert daemon._MOST_WORKERS == len(set(asked)), "all have asked at the start"
     assert 1 == len(set(asked[-50:]))

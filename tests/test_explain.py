@@ -17,7 +17,7 @@ from spoold.explain import Explainer, Planned, find
 from spoold.ledger import Ledger
 from spoold.model import HOUSE, Answer, Claim, PutResult
 from tests.paperclip import picture
-from tests.parts import BUCKET, NAME, RECORD, Bench, in_a_world, until, without_leases, without_root_powers
+from tests.parts import BUCKET, NAME, RECORD, Bench, in_a_world, until, walked, without_leases, without_root_powers
 
 CAT = {"original/cat.jpg": picture(24, 18), "thumb/cat.jpg": picture(12, 9)}
 KEY = f"{RECORD}/original/cat.jpg"
@@ -426,7 +426,7 @@ def test_what_could_not_be_let_go_says_why(bench: Bench) -> None:
 
 def test_a_file_that_lies_aside_says_so_by_the_name_it_had(bench: Bench) -> None:
     claim = bench.batch_stored(CAT)
-    bench.pipeline(cleaner=bench.cleaner(grace_s=600.0)).walk(claim)
+    walked(bench.pipeline(cleaner=bench.cleaner(grace_s=600.0)), claim)
 
     said = why(bench, KEY)
 
@@ -447,7 +447,7 @@ def test_a_file_stays_where_the_kernel_cannot_tell_about_writers(bench: Bench) -
     claim = bench.batch_stored(CAT)
 
     def walk_and_ask() -> str:
-        bench.pipeline().walk(claim)
+        walked(bench.pipeline(), claim)
         return why(bench, KEY)
 
     said = in_a_world(walk_and_ask, without_leases())
@@ -467,14 +467,14 @@ def test_what_stayed_by_choice_does_not_blame_the_kernel_when_the_choice_is_anot
 def test_a_directory_waits_to_be_old_or_holds_something_else(bench: Bench) -> None:
     claim = bench.batch_stored(CAT)
     pipeline = bench.pipeline(cleaner=bench.cleaner(keep_empty_dirs_for_s=600.0))
-    pipeline.walk(claim)
-    pipeline.walk(bench.claimed())
+    walked(pipeline, claim)
+    walked(pipeline, bench.claimed())
     young = why(bench, RECORD)
     bench.write(f"{RECORD}/notes.txt")
     for _ in range(3):
         bench.clock.advance(601)
         if (again := bench.claim()) is not None:
-            pipeline.walk(again)
+            walked(pipeline, again)
     foreign = why(bench, RECORD)
 
     assert "its directory goes once it is empty and 30 s old (cleanup.keep_empty_dirs_for)" in young
@@ -573,7 +573,7 @@ def test_a_record_is_not_proven_while_a_newer_file_lies_there(bench: Bench) -> N
 
 
 def test_a_record_whose_files_lie_aside_is_proven(bench: Bench) -> None:
-    bench.pipeline(cleaner=bench.cleaner(grace_s=600.0)).walk(bench.batch_stored(CAT))
+    walked(bench.pipeline(cleaner=bench.cleaner(grace_s=600.0)), bench.batch_stored(CAT))
 
     assert "proven" == standing(bench)
 
@@ -864,6 +864,6 @@ def test_a_doubt_is_a_reason_of_its_own(bench: Bench) -> None:
     )  # fmt: skip
     bench.ledger.put_back(claim)
     newer = bench.batch_stored({"original/cat.jpg": picture(24, 18, seed=1)})
-    bench.pipeline().walk(newer)
+    walked(bench.pipeline(), newer)
 
     assert "an older PUT of the same key was never answered" in why(bench, KEY)

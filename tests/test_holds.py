@@ -13,7 +13,7 @@ from spoold import uploader
 from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreDenied, StoreUnavailable, Unproven
 from spoold.holds import Holds
 from spoold.model import Headers, Outcome
-from tests.parts import BUCKET, NAME, RECORD, Bench, captured, told
+from tests.parts import BUCKET, NAME, RECORD, Bench, captured, told, walked
 from tests.servers import RcloneServer
 
 DENIED = StoreDenied("put avatars/42/original/cat.jpg: 403 AccessDenied", hint="renew the credentials")
@@ -216,7 +216,7 @@ def test_rule_11_while_a_spool_is_held_nothing_is_claimed_and_no_attempt_is_spen
         bench.write(f"avatars/{number}/original/cat.jpg")
         bench.offer(f"avatars/{number}")
 
-    outcome = bench.pipeline(holds=held.holds).walk(bench.claimed())
+    outcome = walked(bench.pipeline(holds=held.holds), bench.claimed())
     bench.clock.advance(3600.0)
 
     assert Outcome.HELD == outcome
@@ -393,12 +393,12 @@ def test_rule_11_a_probe_is_the_real_thing(tmp_path: Path, rclone_server: Rclone
         holds = bench.holds(store=lambda: bench.store.probe(BUCKET, ".spoold-probe", Headers("application/octet-stream")))
         bench.write(f"{RECORD}/original/cat.jpg")
         bench.offer()
-        first = bench.pipeline(holds=holds).walk(bench.claimed())
+        first = walked(bench.pipeline(holds=holds), bench.claimed())
 
         rclone_server.create_bucket(BUCKET)
         bench.clock.advance(1)
         holds.probe_due()
-        second = bench.pipeline(holds=holds).walk(bench.claimed())
+        second = walked(bench.pipeline(holds=holds), bench.claimed())
 
         assert Outcome.HELD == first
         assert Outcome.WAITING == second
@@ -413,7 +413,7 @@ def test_rule_11_a_missing_root_is_the_real_thing(bench: Bench) -> None:
     away = bench.root.with_name("away")
 
     os.rename(bench.root, away)
-    outcome = bench.pipeline(holds=holds).walk(bench.claimed())
+    outcome = walked(bench.pipeline(holds=holds), bench.claimed())
     held = holds.held()
     os.rename(away, bench.root)
     bench.clock.advance(1)

@@ -619,15 +619,14 @@ def test_nobody_claims_what_is_not_due(bench: Bench) -> None:
 def test_nobody_claims_another_spools_records(bench: Bench) -> None:
     offered(bench)
 
-    assert bench.ledger.claim("me", ["elsewhere"], lease_s=LEASE_S, crashes=3) is None
+    assert [] == bench.ledger.claim("me", ["elsewhere"], lease_s=LEASE_S, crashes=3)
 
 
 def test_uploads_come_before_clearing_unless_somebody_asks_otherwise(bench: Bench) -> None:
     bench.ledger.come_back(bench.batch_stored(CAT, record="avatars/1"), bench.clock.now(), "grace")
     offered(bench, record="avatars/2")
 
-    clearing = bench.ledger.claim("me", [NAME], lease_s=LEASE_S, crashes=3, uploads_first=False)
-    assert clearing is not None
+    [clearing] = bench.ledger.claim("me", [NAME], lease_s=LEASE_S, crashes=3, uploads_first=False)
     bench.ledger.put_back(clearing)
     uploading = bench.claimed()
 
@@ -2027,13 +2026,13 @@ for number in range(rounds):
     file = SpooledFile(f"avatars/{me}-{number}/original/cat.jpg", "original", "cat", "cat.jpg", Identity(1, number, 1, 1, 1))
     snapshot = Snapshot(f"avatars/{me}-{number}", "avatars", f"{me}-{number}", (file,))
     ledger.offer("uploads", snapshot, snapshot.files, decided_by="quiet", is_all=True)
-    claim = ledger.claim(me, ["uploads"], lease_s=30, crashes=3)
-    if claim is not None:
+    for claim in ledger.claim(me, ["uploads"], lease_s=30, crashes=3, at_most=2):
         walked.append(claim.batch.id)
         ledger.bury(claim, BadPath("enough"))
-while (claim := ledger.claim(me, ["uploads"], lease_s=30, crashes=3)) is not None:
-    walked.append(claim.batch.id)
-    ledger.bury(claim, BadPath("enough"))
+while claims := ledger.claim(me, ["uploads"], lease_s=30, crashes=3, at_most=3):
+    for claim in claims:
+        walked.append(claim.batch.id)
+        ledger.bury(claim, BadPath("enough"))
 print("walked", *walked, flush=True)
 """
 

@@ -24,6 +24,7 @@ from spoold import pipeline, store
 from spoold.errors import StoreUnavailable
 from spoold.model import Answer as PutAnswer
 from spoold.model import Claim, PutResult, StoredObject
+from spoold.steps import Steps
 from spoold.uploader import Uploader
 from tests import proxy
 from tests.figures import record
@@ -472,15 +473,14 @@ def test_a_process_that_is_killed_leaves_what_one_leaves_that_dies_in_here(world
 
 
 def test_a_batch_that_is_called_stored_before_it_is_put_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def store_first(self: Any, claim: Claim, parts: Any) -> Claim:
+    def store_first(self: Any, claim: Claim, parts: Any) -> Steps[Claim]:
         puts = self._ledger.intend(claim, parts.uploader.prepare(claim.batch, fingerprint=None))
         results = [
             PutResult(put, PutAnswer.CONFIRMED, StoredObject(put.bucket, put.key, put.digests.size, "", put.digests.md5))
             for put in puts
         ]
-        self._ledger.answered(results)
         claim = self._ledger.stored(claim, results, replaced_after_s=60.0, elapsed_s=0.0)
-        parts.uploader.put(puts, on_upload=lambda put, upload: None)
+        yield from parts.uploader.put(puts, on_upload=lambda put, upload: None)
         return claim
 
     monkeypatch.setattr(pipeline.Pipeline, "_upload", store_first)

@@ -28,6 +28,7 @@ from tests.parts import (
     captured,
     in_a_world,
     told,
+    walked,
     without,
     without_root_powers,
 )
@@ -89,7 +90,7 @@ def walk_on(bench: Bench, pipeline: Pipeline, *, at_most: int = 20) -> list[Outc
                 return outcomes
             bench.clock.advance(max(0.0, due - bench.clock.now()) + 0.1)
             continue
-        outcomes.append(pipeline.walk(claim))
+        outcomes.append(walked(pipeline, claim))
     raise AssertionError(f"it never ends: {outcomes}")
 
 
@@ -105,7 +106,7 @@ def test_a_batch_goes_all_the_way(bench: Bench, rclone_server: RcloneServer) -> 
     pipeline = bench.pipeline(cleaner=cleaner)
     claim = offered(bench)
 
-    first = pipeline.walk(claim)
+    first = walked(pipeline, claim)
     uploaded = status(bench, "state", "processing"), bench.files()
     outcomes = walk_on(bench, pipeline)
 
@@ -120,12 +121,12 @@ def test_a_batch_goes_all_the_way(bench: Bench, rclone_server: RcloneServer) -> 
 def test_a_batch_is_stored_before_anything_local_goes(bench: Bench) -> None:
     """From then on the bucket is the truth; not before."""
     states = []
-    bench.interruptions = [lambda: states.append(bench.state())] * 4
+    bench.interruptions = [lambda: states.append(bench.state())] * 5
     pipeline = bench.pipeline()
 
-    pipeline.walk(offered(bench))
+    walked(pipeline, offered(bench))
 
-    assert ["uploading", "uploading", "uploaded"] == states
+    assert ["uploading", "uploading", "uploaded", "uploaded", "uploaded"] == states
 
 
 def test_the_marker_goes_with_its_batch(tmp_path: Path, proxy: FaultProxy, rclone_server: RcloneServer) -> None:
@@ -168,7 +169,7 @@ def test_an_item_that_fails_is_tried_again_later(bench: Bench, proxy: FaultProxy
     pipeline = bench.pipeline()
 
     with captured() as lines:
-        outcome = pipeline.walk(offered(bench))
+        outcome = walked(pipeline, offered(bench))
     deferred = status(bench, "state", "attempts", "error_code")
     proxy.clear()
     walk_on(bench, pipeline)
@@ -187,7 +188,7 @@ def test_what_failed_waits_longer_each_time(bench: Bench, proxy: FaultProxy) -> 
     waits = []
     for _ in range(11):
         with captured() as lines:
-            pipeline.walk(bench.claimed())
+            walked(pipeline, bench.claimed())
         waits.append(told(lines, "batch.deferred")[0]["due_in_s"])
         bench.clock.advance(waits[-1])
 
@@ -200,7 +201,7 @@ def test_a_server_that_asks_for_time_gets_it(bench: Bench, proxy: FaultProxy) ->
     proxy.on("PUT", "/original/", Reply(503, error_body("SlowDown"), {"Retry-After": "30"}))
 
     with captured() as lines:
-        bench.pipeline().walk(offered(bench))
+        walked(bench.pipeline(), offered(bench))
 
     assert 30.0 == told(lines, "batch.deferred")[0]["due_in_s"]
 
@@ -209,7 +210,7 @@ def test_a_server_that_asks_for_a_year_does_not_get_it(bench: Bench, proxy: Faul
     proxy.on("PUT", "/original/", Reply(503, error_body("SlowDown"), {"Retry-After": str(365 * 86400)}))
 
     with captured() as lines:
-        bench.pipeline().walk(offered(bench))
+        walked(bench.pipeline(), offered(bench))
 
     assert 300.0 == told(lines, "batch.deferred")[0]["due_in_s"]
 
@@ -234,7 +235,7 @@ def test_an_item_is_never_given_up_by_default(bench: Bench, proxy: FaultProxy) -
     bench.ledger.put_back(offered(bench))
 
     for _ in range(5):
-        assert Outcome.DEFERRED is pipeline.walk(bench.claimed())
+        assert Outcome.DEFERRED is walked(pipeline, bench.claimed())
         bench.clock.advance(400)
 
 
@@ -254,7 +255,7 @@ def test_rule_8_a_record_whose_key_is_taken_is_dead(tmp_path: Path, proxy: Fault
             change.execute(text("INSERT INTO key_owner VALUES (:bucket, :key, 77)"), {"bucket": BUCKET, "key": ORIGINAL})
         bench.ledger.bereave("me")
 
-        outcome = bench.pipeline().walk(bench.claimed())
+        outcome = walked(bench.pipeline(), bench.claimed())
 
         assert (Outcome.DEAD, "dead", "KeyTaken") == (outcome, *status(bench, "state", "error_code"))
         assert [] == proxy.requests("PUT")
@@ -265,7 +266,7 @@ def test_an_object_that_the_store_will_not_take_is_dead(bench: Bench, proxy: Fau
     proxy.on("PUT", "/thumb/", Reply(400, error_body("InvalidTag")))
 
     with captured() as lines:
-        outcome = bench.pipeline().walk(offered(bench))
+        outcome = walked(bench.pipeline(), offered(bench))
 
     assert (Outcome.DEAD, "dead", "ObjectRefused") == (outcome, *status(bench, "state", "error_code"))
     [line] = told(lines, "batch.dead")
@@ -278,7 +279,7 @@ def test_what_the_store_takes_of_nobody_holds_the_spool_instead(bench: Bench, pr
     proxy.on("PUT", "/thumb/", Reply(400, error_body("InvalidTag")))
     refuses = failing(ObjectRefused("put probe: 400 InvalidTag", hint="correct object.tags"))
 
-    outcome = bench.pipeline(holds=bench.holds(store=refuses)).walk(offered(bench))
+    outcome = walked(bench.pipeline(holds=bench.holds(store=refuses)), offered(bench))
 
     assert (Outcome.HELD, "queued", 0) == (outcome, *status(bench, "state", "attempts"))
     assert "correct object.tags" == bench.ledger.held()[NAME].hint
@@ -286,7 +287,7 @@ def test_what_the_store_takes_of_nobody_holds_the_spool_instead(bench: Bench, pr
 
 def test_a_file_that_can_have_no_key_is_dead(tmp_path: Path, proxy: FaultProxy) -> None:
     with Bench(tmp_path, endpoint_url=proxy.endpoint_url, key="y" * 1010 + "/" + PATH) as bench:
-        outcome = bench.pipeline().walk(offered(bench))
+        outcome = walked(bench.pipeline(), offered(bench))
 
         assert (Outcome.DEAD, "dead", "BadPath") == (outcome, *status(bench, "state", "error_code"))
 
@@ -299,11 +300,11 @@ def test_what_may_not_be_read_at_that_moment_is_waited_for(bench: Bench, place: 
     mode = path.stat().st_mode
     path.chmod(0)
 
-    outcome = in_a_world(lambda: bench.pipeline().walk(claim), without_root_powers)
+    outcome = in_a_world(lambda: walked(bench.pipeline(), claim), without_root_powers)
     state, reason = bench.state(), bench.rows("SELECT reason FROM sighting")[0]["reason"]
     path.chmod(mode)
     bench.offer()
-    bench.pipeline().walk(bench.claimed())
+    walked(bench.pipeline(), bench.claimed())
 
     assert (Outcome.STALE, "receiving", [RECORD]) == (outcome, state, bench.touched)
     assert "Permission denied" in reason
@@ -318,7 +319,7 @@ def test_rule_11_a_destination_that_refuses_holds_the_spool_and_spends_no_attemp
     holds = bench.holds(store=failing(StoreDenied("put probe: 403", hint="renew the credentials")))
 
     with captured() as lines:
-        outcome = bench.pipeline(holds=holds).walk(offered(bench))
+        outcome = walked(bench.pipeline(holds=holds), offered(bench))
 
     assert (Outcome.HELD, ("queued", 0, None)) == (outcome, status(bench, "state", "attempts", "error_code"))
     assert ({NAME}, "renew the credentials") == (holds.held(), bench.ledger.held()[NAME].hint)
@@ -330,7 +331,7 @@ def test_rule_11_one_key_that_is_denied_does_not_hold_the_spool(bench: Bench, pr
     proxy.on("PUT", "/original/", DENIED)
     holds = bench.holds()
 
-    outcome = bench.pipeline(holds=holds).walk(offered(bench))
+    outcome = walked(bench.pipeline(holds=holds), offered(bench))
 
     assert (Outcome.DEFERRED, ("retrying", 1, "StoreDenied")) == (outcome, status(bench, "state", "attempts", "error_code"))
     assert set() == holds.held()
@@ -341,7 +342,7 @@ def test_rule_11_a_destination_that_does_not_answer_holds_the_spool(bench: Bench
     proxy.on("PUT", "", fault)
     holds = bench.holds(store=failing(StoreUnavailable("put probe: 503")))
 
-    outcome = bench.pipeline(holds=holds).walk(offered(bench))
+    outcome = walked(bench.pipeline(holds=holds), offered(bench))
 
     assert (Outcome.HELD, ("queued", 0)) == (outcome, status(bench, "state", "attempts"))
 
@@ -350,7 +351,7 @@ def test_a_disk_that_fails_holds_the_spool(bench: Bench) -> None:
     holds = bench.holds(disk=failing(SpoolBroken("write into .spoold: Input/output error")))
     claim = offered(bench)
 
-    outcome = in_a_world(lambda: bench.pipeline(holds=holds).walk(claim), without("fsync", errno.EIO))
+    outcome = in_a_world(lambda: walked(bench.pipeline(holds=holds), claim), without("fsync", errno.EIO))
 
     assert (Outcome.HELD, ("queued", 0)) == (outcome, status(bench, "state", "attempts"))
     assert "SpoolBroken" == bench.ledger.held()[NAME].error_code
@@ -359,7 +360,7 @@ def test_a_disk_that_fails_holds_the_spool(bench: Bench) -> None:
 def test_a_disk_that_failed_once_costs_an_attempt(bench: Bench) -> None:
     claim = offered(bench)
 
-    outcome = in_a_world(lambda: bench.pipeline().walk(claim), without("fsync", errno.EIO))
+    outcome = in_a_world(lambda: walked(bench.pipeline(), claim), without("fsync", errno.EIO))
 
     assert (Outcome.DEFERRED, ("retrying", 1, "SpoolBroken")) == (outcome, status(bench, "state", "attempts", "error_code"))
 
@@ -369,7 +370,7 @@ def test_a_root_that_is_gone_holds_the_spool(bench: Bench) -> None:
     bench.root.rename(bench.directory / "elsewhere")
     holds = bench.holds(disk=lambda: bench.spool.move_in(bench.ledger.id))
 
-    outcome = bench.pipeline(holds=holds).walk(claim)
+    outcome = walked(bench.pipeline(holds=holds), claim)
 
     assert (Outcome.HELD, "queued") == (outcome, bench.state())
 
@@ -381,7 +382,7 @@ def test_what_is_worst_decides(bench: Bench, proxy: FaultProxy) -> None:
     proxy.on("PUT", "/c/", DENIED)
     holds = bench.holds(store=failing(StoreDenied("put probe: 403")))
 
-    outcome = bench.pipeline(holds=holds).walk(offered(bench, {f"{style}/cat.jpg": b"cat" for style in "abc"}))
+    outcome = walked(bench.pipeline(holds=holds), offered(bench, {f"{style}/cat.jpg": b"cat" for style in "abc"}))
 
     assert Outcome.HELD is outcome
 
@@ -400,7 +401,7 @@ def test_a_file_that_changed_since_it_settled_sends_the_record_back_to_be_looked
         case "replaced":
             os.replace(bench.write("elsewhere", b"cat"), bench.root / THUMB)
 
-    outcome = bench.pipeline().walk(claim)
+    outcome = walked(bench.pipeline(), claim)
 
     assert (Outcome.STALE, [RECORD]) == (outcome, bench.touched)
     assert ("receiving", 0) == status(bench, "state", "attempts")
@@ -413,7 +414,7 @@ def test_a_batch_that_a_newer_one_replaced_during_the_upload_ends_quietly(bench:
     proxy.on("PUT", "/original/", Delay(gate), times=1)
     claim = offered(bench)
     outcomes: list[Outcome] = []
-    walking = threading.Thread(target=lambda: outcomes.append(bench.pipeline().walk(claim)))
+    walking = threading.Thread(target=lambda: outcomes.append(walked(bench.pipeline(), claim)))
     walking.start()
     proxy.await_seen("PUT", "/original/")
     bench.write(ORIGINAL, b"another cat")
@@ -435,7 +436,7 @@ def test_a_batch_that_a_newer_one_replaced_while_it_failed_ends_quietly(bench: B
     proxy.on("PUT", "/original/", Delay(gate, fault), times=3)
     claim = offered(bench)
     outcomes: list[Outcome] = []
-    walking = threading.Thread(target=lambda: outcomes.append(bench.pipeline().walk(claim)))
+    walking = threading.Thread(target=lambda: outcomes.append(walked(bench.pipeline(), claim)))
     walking.start()
     proxy.await_seen("PUT", "/original/")
     bench.write(ORIGINAL, b"another cat")
@@ -453,7 +454,7 @@ def test_a_walk_whose_claim_was_taken_over_changes_nothing_more(bench: Bench, pr
     proxy.on("PUT", "/original/", Delay(gate) if fault is None else Delay(gate, fault), times=3)
     claim = offered(bench)
     outcomes: list[Outcome] = []
-    walking = threading.Thread(target=lambda: outcomes.append(bench.pipeline().walk(claim)))
+    walking = threading.Thread(target=lambda: outcomes.append(walked(bench.pipeline(), claim)))
     walking.start()
     proxy.await_seen("PUT", "/original/")
     bench.clock.advance(2 * LEASE_S)
@@ -470,7 +471,7 @@ def test_who_was_frozen_past_the_claim_gives_it_back(bench: Bench, proxy: FaultP
     claim = offered(bench)
     bench.has_claims = False
 
-    outcome = bench.pipeline().walk(claim)
+    outcome = walked(bench.pipeline(), claim)
 
     assert (Outcome.STALE, [], [RECORD]) == (outcome, proxy.requests("PUT"), bench.touched)
     assert [] == bench.ledger.owners()
@@ -481,7 +482,7 @@ def test_who_was_frozen_while_clearing_gives_the_claim_back(bench: Bench) -> Non
     claim = bench.batch_stored(CAT)
     bench.has_claims = False
 
-    outcome = pipeline.walk(claim)
+    outcome = walked(pipeline, claim)
     bench.has_claims = True
     walk_on(bench, pipeline)
 
@@ -497,7 +498,7 @@ def test_what_was_only_not_sent_does_not_hide_what_moved_on(bench: Bench) -> Non
 
     claim = offered(bench, {"original/cat.jpg": b"x" * (2 << 20), "thumb/cat.jpg": b"cat"})
 
-    outcome = bench.pipeline(uploader=bench.uploader(headers_for=headers_for)).walk(claim)
+    outcome = walked(bench.pipeline(uploader=bench.uploader(headers_for=headers_for)), claim)
 
     assert (Outcome.STALE, [RECORD]) == (outcome, bench.touched)
 
@@ -510,7 +511,7 @@ def test_an_image_that_does_not_decode_goes_back_to_being_incomplete(bench: Benc
     broken = whole[:100] + bytes(10) + whole[110:]
     claim = offered(bench, {"original/cat.png": whole, "original/dog.png": broken})
 
-    outcome = bench.pipeline(decodes=True).walk(claim)
+    outcome = walked(bench.pipeline(decodes=True), claim)
 
     assert (Outcome.STALE, "receiving", []) == (outcome, bench.state(), proxy.requests("PUT"))
     assert 1 == len([mark for mark in bench.ledger.known(NAME, RECORD).vetoed if mark])
@@ -518,7 +519,7 @@ def test_an_image_that_does_not_decode_goes_back_to_being_incomplete(bench: Benc
 
 
 def test_images_that_decode_go_up(bench: Bench, rclone_server: RcloneServer) -> None:
-    bench.pipeline(decodes=True).walk(offered(bench, {"original/cat.jpg": picture(64, 48), "original/cat.txt": b"text"}))
+    walked(bench.pipeline(decodes=True), offered(bench, {"original/cat.jpg": picture(64, 48), "original/cat.txt": b"text"}))
 
     assert 2 == len(rclone_server.objects(BUCKET))
 
@@ -527,7 +528,7 @@ def test_what_a_person_wants_as_it_lies_is_not_decoded(bench: Bench, rclone_serv
     bench.write(ORIGINAL, picture(64, 48)[:-200])
     bench.offer(decided_by="as-is")
 
-    bench.pipeline(decodes=True).walk(bench.claimed())
+    walked(bench.pipeline(decodes=True), bench.claimed())
 
     assert {ORIGINAL} == set(rclone_server.objects(BUCKET))
 
@@ -539,7 +540,7 @@ def test_a_daemon_that_drains_puts_the_batch_back_as_it_was(bench: Bench, proxy:
     claim = offered(bench)
     bench.stop.set()
 
-    outcome = bench.pipeline().walk(claim)
+    outcome = walked(bench.pipeline(), claim)
 
     assert (Outcome.WAITING, ("queued", 0), []) == (outcome, status(bench, "state", "attempts"), proxy.requests("PUT"))
     assert [] == bench.ledger.owners()
@@ -558,7 +559,7 @@ def test_a_store_that_does_not_answer_while_clearing_is_asked_again_later(bench:
     proxy.on("HEAD", "", Reply(503))
 
     with captured() as lines:
-        outcome = pipeline.walk(claim)
+        outcome = walked(pipeline, claim)
     deferred = status(bench, "state", "processing", "error_code")
     proxy.clear()
     walk_on(bench, pipeline)
@@ -573,7 +574,7 @@ def test_a_directory_that_may_not_be_written_is_tried_again_later(bench: Bench) 
     claim = bench.batch_stored(CAT)
     (bench.root / RECORD / "original").chmod(0o555)
 
-    outcome = in_a_world(lambda: bench.pipeline().walk(claim), without_root_powers)
+    outcome = in_a_world(lambda: walked(bench.pipeline(), claim), without_root_powers)
     deferred = status(bench, "state", "error_code")
     (bench.root / RECORD / "original").chmod(0o755)
     walk_on(bench, bench.pipeline())
@@ -586,11 +587,11 @@ def test_rule_5_what_the_bucket_lost_is_put_again_and_then_let_go(
     bench: Bench, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
     pipeline = bench.pipeline(cleaner=bench.cleaner(keep_for_s=7200.0))
-    pipeline.walk(offered(bench))
+    walked(pipeline, offered(bench))
     rclone_server.client().delete_object(Bucket=BUCKET, Key=THUMB)
     bench.clock.advance(7201)
 
-    outcomes = [pipeline.walk(bench.claimed())]
+    outcomes = [walked(pipeline, bench.claimed())]
     state = bench.state()
     outcomes += walk_on(bench, pipeline)
 
@@ -606,7 +607,7 @@ def test_files_that_the_app_removed_after_the_upload_are_no_fault(bench: Bench) 
     claim = bench.batch_stored(CAT)
     (bench.root / THUMB).unlink()
 
-    outcomes = [pipeline.walk(claim), *walk_on(bench, pipeline)]
+    outcomes = [walked(pipeline, claim), *walk_on(bench, pipeline)]
 
     assert Outcome.STALE not in outcomes
     assert ("done", []) == (bench.state(), bench.files())
@@ -623,7 +624,7 @@ def test_a_ledger_that_is_gone_is_told_and_the_claim_is_still_ours(bench: Bench,
     bench.interruptions = [lambda: put_back.append(bench.take_ledger_away())]
 
     with pytest.raises(LedgerUnavailable):
-        pipeline.walk(claim)
+        walked(pipeline, claim)
     files = bench.files()
     put_back[0]()
     bench.clock.advance(10)
@@ -641,7 +642,7 @@ def test_rule_6_what_was_sent_and_could_not_be_written_down_is_in_doubt(bench: B
     put_back: list[Callable[[], None]] = []
     bench.interruptions = [lambda: put_back.append(bench.take_ledger_away())]
     with pytest.raises(LedgerUnavailable):
-        pipeline.walk(claim)
+        walked(pipeline, claim)
     put_back[0]()
 
     bench.ledger.put_back(claim)
@@ -662,10 +663,10 @@ def test_whatever_happens_a_records_events_tell_one_story(bench: Bench, proxy: F
         proxy.clear()
         if fault is not None:
             proxy.on("PUT", "/original/", fault)
-        pipeline.walk(claim)
+        walked(pipeline, claim)
         bench.clock.advance(400)
         claim = bench.claimed()
-    pipeline.walk(claim)
+    walked(pipeline, claim)
     walk_on(bench, pipeline)
 
     events = bench.events()
@@ -686,7 +687,7 @@ def test_each_step_comes_when_its_time_has_come_and_not_before(bench: Bench) -> 
 
     for waits_s in (60.0, 5.0, 10.0, 30.0, 30.0, 0.0):
         claim = bench.claimed() if way else offered(bench)
-        outcome = pipeline.walk(claim)
+        outcome = walked(pipeline, claim)
         batch = bench.rows("SELECT due_at, waiting_for FROM batch")[0]
         way.append((claim.batch.state, outcome, batch["waiting_for"], len(bench.files()), len(bench.aside())))
         assert bench.claim() is None
@@ -705,7 +706,7 @@ def test_each_step_comes_when_its_time_has_come_and_not_before(bench: Bench) -> 
 
 
 def test_a_batch_whose_local_files_stay_is_done_at_once(bench: Bench) -> None:
-    outcome = bench.pipeline(cleaner=bench.cleaner(deletes=False)).walk(offered(bench))
+    outcome = walked(bench.pipeline(cleaner=bench.cleaner(deletes=False)), offered(bench))
 
     assert (Outcome.DONE, "done", 2) == (outcome, bench.state(), len(bench.files()))
     assert [{"due_at": None}] == bench.rows("SELECT due_at FROM batch")
@@ -722,26 +723,26 @@ def test_what_failed_together_does_not_come_back_together(bench: Bench) -> None:
 
 def test_what_is_uploaded_is_never_given_up(bench: Bench, proxy: FaultProxy) -> None:
     """`dead` would say that its upload failed."""
-    bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)).walk(offered(bench))
+    walked(bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)), offered(bench))
     bench.clock.advance(7200)
     proxy.on("HEAD", ORIGINAL, BUSY)
     pipeline = bench.pipeline(give_up_after=1)
 
     outcomes = []
     for _ in range(3):
-        outcomes.append(pipeline.walk(bench.claimed()))
+        outcomes.append(walked(pipeline, bench.claimed()))
         bench.clock.advance(10)
 
     assert ([Outcome.DEFERRED] * 3, "uploaded", 2) == (outcomes, bench.state(), len(bench.files()))
 
 
 def test_rule_11_a_store_that_is_away_while_clearing_holds_the_spool(bench: Bench, proxy: FaultProxy) -> None:
-    bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)).walk(offered(bench))
+    walked(bench.pipeline(cleaner=bench.cleaner(min_age_s=7200.0)), offered(bench))
     bench.clock.advance(7200)
     proxy.go_away()
     holds = bench.holds(store=failing(StoreUnavailable("put: Connection refused")))
 
-    outcome = bench.pipeline(holds=holds).walk(bench.claimed())
+    outcome = walked(bench.pipeline(holds=holds), bench.claimed())
 
     assert (Outcome.HELD, "uploaded", 2) == (outcome, bench.state(), len(bench.files()))
     assert [{"attempts": 0}] == bench.rows("SELECT attempts FROM batch")
@@ -752,7 +753,7 @@ def test_what_was_refused_counts_though_the_daemon_drains(bench: Bench, proxy: F
     claim = offered(bench)
     bench.interruptions = [bench.stop.set]
 
-    outcome = bench.pipeline().walk(claim)
+    outcome = walked(bench.pipeline(), claim)
 
     assert (Outcome.DEAD, "dead") == (outcome, bench.state())
 
@@ -760,7 +761,7 @@ def test_what_was_refused_counts_though_the_daemon_drains(bench: Bench, proxy: F
 def test_a_style_is_not_sent_before_its_original_is_there(bench: Bench, proxy: FaultProxy) -> None:
     proxy.on("PUT", ORIGINAL, BUSY)
 
-    outcome = bench.pipeline().walk(offered(bench))
+    outcome = walked(bench.pipeline(), offered(bench))
 
     assert (Outcome.DEFERRED, "StoreUnavailable") == (outcome, bench.status()["error_code"])
     assert [] == proxy.requests("PUT", THUMB)
@@ -778,7 +779,7 @@ def test_a_file_that_changes_before_it_is_sent_in_parts_is_looked_at_again(
     proxy.rules.append(rewrite)
     claim = offered(bench, {"original/cat.jpg": b"a cat" * 1000})
 
-    outcome = bench.pipeline(uploader=bench.uploader(multipart_threshold=1000)).walk(claim)
+    outcome = walked(bench.pipeline(uploader=bench.uploader(multipart_threshold=1000)), claim)
 
     assert (Outcome.STALE, [RECORD], "receiving") == (outcome, bench.touched, bench.state())
     assert (b"another cat", {}) == (bench.read(ORIGINAL), rclone_server.objects(BUCKET))
@@ -797,7 +798,7 @@ def test_a_newer_version_that_comes_before_the_older_is_let_go_stays(bench: Benc
     claim = bench.batch_stored(CAT)
     newer_version(bench)
 
-    outcome = bench.pipeline().walk(claim)
+    outcome = walked(bench.pipeline(), claim)
 
     assert (Outcome.STALE, "queued", b"a newer cat") == (outcome, bench.state(), bench.read(ORIGINAL))
 
@@ -828,7 +829,7 @@ def test_a_directory_that_comes_back_as_it_was_after_its_batch_was_done_is_let_g
 def test_an_older_version_that_lies_aside_is_let_go_beside_the_newer_one(bench: Bench, rclone_server: RcloneServer) -> None:
     """The older batch is superseded, and still walked until nothing of it lies aside."""
     pipeline = bench.pipeline(cleaner=bench.cleaner(grace_s=10.0))
-    pipeline.walk(offered(bench))
+    walked(pipeline, offered(bench))
     newer_version(bench)
 
     walk_on(bench, pipeline)
@@ -841,13 +842,13 @@ def test_what_the_bucket_lost_is_no_matter_once_a_newer_batch_is_here(
     bench: Bench, proxy: FaultProxy, rclone_server: RcloneServer
 ) -> None:
     pipeline = bench.pipeline(cleaner=bench.cleaner(min_age_s=5.0))
-    pipeline.walk(offered(bench))
+    walked(pipeline, offered(bench))
     bench.clock.advance(7200)
     rclone_server.client().delete_object(Bucket=BUCKET, Key=THUMB)
     claim = bench.claimed()
     newer_version(bench)
 
-    outcome = pipeline.walk(claim)
+    outcome = walked(pipeline, claim)
 
     assert (Outcome.STALE, []) == (outcome, bench.ledger.owners())
     assert ["superseded", "pending"] == [row["state"] for row in bench.rows("SELECT state FROM batch ORDER BY id")]
@@ -868,7 +869,7 @@ def holed(bench: Bench, *, decided_by: str = "quiet") -> Claim:
 
 
 def test_what_waited_and_lost_its_bytes_in_a_power_cut_is_judged_anew(bench: Bench, proxy: FaultProxy) -> None:
-    outcome = bench.pipeline().walk(holed(bench))
+    outcome = walked(bench.pipeline(), holed(bench))
 
     assert (Outcome.STALE, [RECORD]) == (outcome, bench.touched)
     assert [] == proxy.requests("PUT")
@@ -878,12 +879,12 @@ def test_what_waited_over_a_boot_and_is_whole_goes_up(bench: Bench, rclone_serve
     claim = offered(bench)
     bench.clock.boot()
 
-    bench.pipeline().walk(claim)
+    walked(bench.pipeline(), claim)
 
     assert {ORIGINAL: b"a cat", THUMB: b"cat"} == rclone_server.objects(BUCKET)
 
 
 def test_what_a_person_wants_as_it_lies_goes_up_with_its_holes(bench: Bench, rclone_server: RcloneServer) -> None:
-    bench.pipeline().walk(holed(bench, decided_by="as-is"))
+    walked(bench.pipeline(), holed(bench, decided_by="as-is"))
 
     assert {ORIGINAL: b"\0" * 100_001} == rclone_server.objects(BUCKET)

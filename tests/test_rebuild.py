@@ -10,7 +10,7 @@ import pytest
 
 from spoold.model import Outcome
 from spoold.rebuild import Rebuilder, Source
-from tests.parts import BUCKET, NAME, RECORD, Bench, captured, told
+from tests.parts import BUCKET, NAME, RECORD, Bench, captured, told, walked
 from tests.proxy import Answer, FaultProxy, RewriteAnswer, error_body
 from tests.servers import RcloneServer
 
@@ -36,7 +36,7 @@ def bench(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
 def walk(bench: Bench, record: str = RECORD, **rules: Any) -> Outcome:
     """Have a record offered as it lies, and walk it once."""
     bench.offer(record)
-    return bench.pipeline(cleaner=bench.cleaner(**rules)).walk(bench.claimed())
+    return walked(bench.pipeline(cleaner=bench.cleaner(**rules)), bench.claimed())
 
 
 def save(bench: Bench, files: dict[str, bytes]) -> None:
@@ -67,12 +67,12 @@ def test_what_is_in_the_bucket_is_not_put_again_and_goes_when_nothing_can_change
     bench.offer()
     pipeline = bench.pipeline(cleaner=bench.cleaner())
 
-    outcome = pipeline.walk(bench.claimed())
+    outcome = walked(pipeline, bench.claimed())
     state = bench.state(), sorted(bench.files())
     bench.clock.advance(DOUBT_S + 1)
-    pipeline.walk(bench.claimed())
+    walked(pipeline, bench.claimed())
     bench.clock.advance(1)
-    pipeline.walk(bench.claimed())
+    walked(pipeline, bench.claimed())
 
     assert (Outcome.WAITING, ("uploaded", sorted(CAT))) == (outcome, state)
     assert (2, "done", []) == (puts(proxy), bench.state(), bench.files())
@@ -113,7 +113,7 @@ def test_a_bucket_that_cannot_be_asked_is_asked_later(bench: Bench, proxy: Fault
     outcome = walk(bench)
     proxy.clear()
     bench.clock.advance(400)
-    bench.pipeline(cleaner=bench.cleaner()).walk(bench.claimed())
+    walked(bench.pipeline(cleaner=bench.cleaner()), bench.claimed())
 
     assert (Outcome.DEFERRED, 2, "uploaded") == (outcome, puts(proxy), bench.state())
 
@@ -166,7 +166,7 @@ def test_records_that_were_let_go_long_ago_are_done_again(bench: Bench) -> None:
     save(bench, CAT)
     walk(bench)
     bench.clock.advance(1)
-    bench.pipeline(cleaner=bench.cleaner()).walk(bench.claimed())
+    walked(bench.pipeline(cleaner=bench.cleaner()), bench.claimed())
     before = bench.objects()
     bench.lose_ledger()
     assert {} == bench.status()
@@ -227,7 +227,7 @@ def test_what_was_only_found_is_never_deleted(bench: Bench) -> None:
     save(bench, CAT)
     walk(bench)
     bench.clock.advance(1)
-    bench.pipeline(cleaner=bench.cleaner()).walk(bench.claimed())
+    walked(bench.pipeline(cleaner=bench.cleaner()), bench.claimed())
     bench.lose_ledger()
     rebuilder(bench).rebuild()
     save(bench, {f"{RECORD}/original/dog.jpg": b"a dog"})

@@ -11,7 +11,7 @@ import pytest
 from spoold import uploader
 from spoold.pipeline import Pipeline
 from spoold.settler import Settler
-from tests.parts import BUCKET, LEASE_S, NAME, RECORD, Bench
+from tests.parts import BUCKET, LEASE_S, NAME, RECORD, Bench, walked
 from tests.proxy import Answer, FaultProxy, Hold, error_body
 from tests.servers import RcloneServer
 
@@ -56,11 +56,11 @@ def offered(bench: Bench, files: dict[str, bytes]) -> None:
     bench.offer(RECORD)
 
 
-def walked(bench: Bench, pipeline: Pipeline) -> None:
+def rested(bench: Bench, pipeline: Pipeline) -> None:
     """Walk whatever is due, letting time pass, until nothing is."""
     for _ in range(20):
         if (claim := bench.claim()) is not None:
-            pipeline.walk(claim)
+            walked(pipeline, claim)
             continue
         due = bench.rows("SELECT min(due_at) AS at FROM batch")[0]["at"]
         if due is None:
@@ -73,10 +73,10 @@ def half_uploaded(bench: Bench, proxy: FaultProxy, style: str) -> Pipeline:
     """Have a first version uploaded and let go, and then a second, but for this style, which the server refuses."""
     pipeline = bench.pipeline()
     offered(bench, FIRST)
-    walked(bench, pipeline)
+    rested(bench, pipeline)
     proxy.on("PUT", f"/{style}/", BROKEN)
     offered(bench, SECOND)
-    pipeline.walk(bench.claimed())
+    walked(pipeline, bench.claimed())
     return pipeline
 
 
@@ -84,7 +84,7 @@ def taken_back(bench: Bench, pipeline: Pipeline) -> None:
     """The app removes what it wrote last, and the daemon finds out."""
     for path in SECOND:
         (bench.spool.root / path).unlink()
-    walked(bench, pipeline)
+    rested(bench, pipeline)
     bench.looker().look(RECORD)
 
 
@@ -123,7 +123,7 @@ def test_what_may_still_overwrite_a_key_is_waited_for(
     """After `upload.doubt` nothing of it can land any more, and the key is looked at: once."""
     gate = threading.Event()
     offered(bench, FIRST)
-    walked(bench, bench.pipeline())
+    rested(bench, bench.pipeline())
     proxy.on("PUT", "/original/", Hold(gate, hang_up=True), times=1)
     pipeline = half_uploaded(bench, proxy, "original")
     taken_back(bench, pipeline)
@@ -168,7 +168,7 @@ def test_a_newer_version_takes_the_place_of_what_was_taken_back(
     offered(bench, FIRST)
 
     changed = settle(settler)
-    walked(bench, pipeline)
+    rested(bench, pipeline)
 
     assert (0, 0) == (changed, settle(settler))
     assert told(bench) == true(bench, rclone_server)

@@ -30,7 +30,7 @@ from spoold.errors import (
 from spoold.model import Answer, Batch, Headers, Put, PutResult
 from spoold.uploader import Bandwidth, Budget
 from tests.paperclip import picture
-from tests.parts import BUCKET, RECORD, Bench, ManualClock, RealClock, in_a_world, until, without
+from tests.parts import BUCKET, RECORD, Bench, ManualClock, RealClock, alone, in_a_world, until, without
 from tests.proxy import HTML, Delay, Fault, FaultProxy, LoseAnswer, Reset, error_body
 from tests.proxy import Answer as Reply
 from tests.servers import RcloneServer
@@ -206,7 +206,7 @@ def test_the_marker_is_hashed_and_not_put(tmp_path: Path) -> None:
 
 
 def test_what_is_put_is_in_the_bucket_and_confirmed(real: Bench, rclone_server: RcloneServer) -> None:
-    results = real.uploader().put(prepared(real, CAT), on_upload=no_upload)
+    results = alone(real.uploader().put(prepared(real, CAT), on_upload=no_upload))
 
     assert {f"{RECORD}/{path}": content for path, content in CAT.items()} == rclone_server.objects(BUCKET)
     assert {Answer.CONFIRMED} == set(answers(results).values())
@@ -221,7 +221,7 @@ def test_what_is_adopted_is_not_sent(real: Bench, proxy: FaultProxy) -> None:
     real.offer()
     puts = real.intended(real.claimed())
 
-    results = real.uploader().put(puts, on_upload=no_upload)
+    results = alone(real.uploader().put(puts, on_upload=no_upload))
 
     assert {put.key: put.adopted for put in puts} == {result.put.key: result.stored for result in results}
     assert all(result.answer is Answer.CONFIRMED and result.stored for result in results)
@@ -245,7 +245,7 @@ def test_no_style_is_sent_before_the_original_is_confirmed(real: Bench, proxy: F
     gate = threading.Event()
     proxy.on("PUT", "/original/", Delay(gate))
     puts = prepared(real, CAT)
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
     proxy.await_seen("PUT", "/original/")
 
     while_waiting = proxy.requests("PUT", "/thumb/")
@@ -264,7 +264,7 @@ def test_styles_are_sent_together_once_the_original_is_confirmed(real: Bench, pr
     proxy.on("PUT", "/thumb/", Delay(gate))
     proxy.on("PUT", "/medium/", Delay(gate))
     puts = prepared(real, CAT)
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
 
     proxy.await_seen("PUT", "/thumb/")
     proxy.await_seen("PUT", "/medium/")
@@ -276,7 +276,7 @@ def test_styles_are_sent_together_once_the_original_is_confirmed(real: Bench, pr
 def test_no_style_is_sent_if_the_original_is_refused(real: Bench, proxy: FaultProxy) -> None:
     proxy.on("PUT", "/original/", Reply(403, error_body("AccessDenied")))
 
-    results = real.uploader().put(prepared(real, CAT), on_upload=no_upload)
+    results = alone(real.uploader().put(prepared(real, CAT), on_upload=no_upload))
 
     assert [StoreDenied, Draining, Draining] == [type(result.error) for result in results]
     assert {Answer.REFUSED} == set(answers(results).values())
@@ -284,7 +284,7 @@ def test_no_style_is_sent_if_the_original_is_refused(real: Bench, proxy: FaultPr
 
 
 def test_a_batch_without_original_sends_its_styles(real: Bench, rclone_server: RcloneServer) -> None:
-    real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload)
+    alone(real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload))
 
     assert {THUMB: b"cat"} == rclone_server.objects(BUCKET)
 
@@ -300,7 +300,7 @@ def test_a_hitch_is_outlasted_within_the_attempt(
 ) -> None:
     proxy.on("PUT", "/original/", fault, times=2)
 
-    results = real.uploader().put(prepared(real, CAT), on_upload=no_upload)
+    results = alone(real.uploader().put(prepared(real, CAT), on_upload=no_upload))
 
     assert {Answer.CONFIRMED} == set(answers(results).values())
     assert 3 == len(rclone_server.objects(BUCKET))
@@ -320,7 +320,7 @@ def test_what_is_answered_for_good_is_not_tried_again(
 ) -> None:
     proxy.on("PUT", "", fault)
 
-    [result] = real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload)
+    [result] = alone(real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload))
 
     assert (Answer.REFUSED, error, None) == (result.answer, type(result.error), result.doubt_at)
     assert 1 == len(proxy.requests("PUT"))
@@ -330,7 +330,7 @@ def test_rule_6_a_put_that_was_never_answered_is_in_doubt_since_the_last_try(rea
     proxy.on("PUT", "", LoseAnswer())
     puts = prepared(real, {"thumb/cat.jpg": b"cat"})
     before = real.clock.now()
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
     proxy.await_ended("PUT", "", count=2)
     second = real.clock.now()
     real.stop.set()
@@ -347,7 +347,7 @@ def test_rule_6_a_put_that_was_never_answered_is_in_doubt_since_the_last_try(rea
 def test_rule_6_a_put_that_was_never_sent_is_no_doubt(bench: Bench) -> None:
     """Nobody listens there: the connection was refused."""
     puts = prepared(bench, {"thumb/cat.jpg": b"cat"})
-    uploading = in_background(lambda: bench.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(bench.uploader().put(puts, on_upload=no_upload)))
     threading.Timer(0.1, bench.stop.set).start()
 
     [result] = uploading.result(20)
@@ -360,7 +360,7 @@ def test_rule_6_a_confirmed_put_remembers_that_an_earlier_try_was_not_answered(r
     """That one may land once more, later."""
     proxy.on("PUT", "/thumb/", LoseAnswer(), times=1)
 
-    [result] = real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload)
+    [result] = alone(real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload))
 
     assert Answer.CONFIRMED is result.answer
     assert result.doubt_at is not None
@@ -370,7 +370,7 @@ def test_rule_6_a_refused_put_remembers_that_an_earlier_try_was_not_answered(rea
     proxy.on("PUT", "/thumb/", LoseAnswer(), times=1)
     proxy.on("PUT", "/thumb/", Reply(403, error_body("AccessDenied")))
 
-    [result] = real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload)
+    [result] = alone(real.uploader().put(prepared(real, {"thumb/cat.jpg": b"cat"}), on_upload=no_upload))
 
     assert (Answer.REFUSED, StoreDenied) == (result.answer, type(result.error))
     assert result.doubt_at is not None
@@ -380,7 +380,7 @@ def test_a_200_that_proves_nothing_is_no_success(real: Bench, proxy: FaultProxy)
     """A captive portal (FACTS 23)."""
     proxy.on("PUT", "", HTML)
     puts = prepared(real, {"thumb/cat.jpg": b"cat"})
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
     proxy.await_ended("PUT", "")
     real.stop.set()
 
@@ -393,7 +393,7 @@ def test_a_200_that_proves_nothing_is_no_success(real: Bench, proxy: FaultProxy)
 def test_one_fault_does_not_keep_the_others_answers_from_being_known(real: Bench, proxy: FaultProxy) -> None:
     proxy.on("PUT", "/thumb/", Reply(403, error_body("AccessDenied")))
 
-    results = real.uploader().put(prepared(real, CAT), on_upload=no_upload)
+    results = alone(real.uploader().put(prepared(real, CAT), on_upload=no_upload))
 
     assert {ORIGINAL: Answer.CONFIRMED, f"{RECORD}/medium/cat.jpg": Answer.CONFIRMED, THUMB: Answer.REFUSED} == answers(results)
 
@@ -404,7 +404,7 @@ def test_a_disk_fault_in_one_put_does_not_keep_the_others_answers_from_being_kno
     def fail(put: Put, upload_id: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    results = real.uploader(multipart_threshold=1000).put(puts, on_upload=fail)
+    results = alone(real.uploader(multipart_threshold=1000).put(puts, on_upload=fail))
 
     assert {ORIGINAL: Answer.CONFIRMED, f"{RECORD}/medium/cat.jpg": Answer.CONFIRMED, THUMB: Answer.REFUSED} == answers(results)
     assert SpoolBroken is type(results[-1].error)
@@ -416,7 +416,7 @@ def test_a_disk_fault_in_one_put_does_not_keep_the_others_answers_from_being_kno
 def test_a_daemon_that_drains_sends_nothing_new(real: Bench, proxy: FaultProxy) -> None:
     real.stop.set()
 
-    results = real.uploader().put(prepared(real, CAT), on_upload=no_upload)
+    results = alone(real.uploader().put(prepared(real, CAT), on_upload=no_upload))
 
     assert {Answer.REFUSED} == set(answers(results).values())
     assert {Draining} == {type(result.error) for result in results}
@@ -427,7 +427,7 @@ def test_a_daemon_that_drains_ends_what_is_in_flight(real: Bench, proxy: FaultPr
     gate = threading.Event()
     proxy.on("PUT", "/original/", Delay(gate))
     puts = prepared(real, CAT)
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
     proxy.await_seen("PUT", "/original/")
     real.stop.set()
     gate.set()
@@ -443,7 +443,7 @@ def test_a_daemon_that_drains_does_not_wait_for_the_next_try(real: Bench, proxy:
     proxy.on("PUT", "", Reply(503, error_body("SlowDown"), {"Retry-After": "60"}))
     real.clock = RealClock()
     puts = prepared(real, {"thumb/cat.jpg": b"cat"})
-    uploading = in_background(lambda: real.uploader().put(puts, on_upload=no_upload))
+    uploading = in_background(lambda: alone(real.uploader().put(puts, on_upload=no_upload)))
     proxy.await_ended("PUT", "")
     began = time.monotonic()
     real.stop.set()
@@ -459,7 +459,7 @@ def test_who_was_frozen_past_the_claim_sends_nothing(real: Bench, proxy: FaultPr
     puts = prepared(real, CAT)
     real.has_claims = False
 
-    results = real.uploader().put(puts, on_upload=no_upload)
+    results = alone(real.uploader().put(puts, on_upload=no_upload))
 
     assert ClaimLost is type(results[0].error)
     assert [] == proxy.requests()
@@ -472,7 +472,7 @@ def test_who_was_frozen_past_the_claim_completes_no_multipart_upload(real: Bench
         real.has_claims = False
 
     real.interruptions = [lambda: None, freeze]
-    [result] = real.uploader(multipart_threshold=1000).put(puts, on_upload=lambda put, upload_id: None)
+    [result] = alone(real.uploader(multipart_threshold=1000).put(puts, on_upload=lambda put, upload_id: None))
 
     assert (Answer.REFUSED, ClaimLost) == (result.answer, type(result.error))
     assert {} == rclone_server.objects(BUCKET)
@@ -494,8 +494,10 @@ def test_a_large_file_goes_up_in_parts_after_its_id_was_told(
     told: list[tuple[str, int]] = []
     puts = prepared(real, {"original/cat.jpg": LARGE})
 
-    [result] = real.uploader(multipart_threshold=MIB).put(
-        puts, on_upload=lambda put, upload_id: told.append((put.key, len(proxy.requests("PUT"))))
+    [result] = alone(
+        real.uploader(multipart_threshold=MIB).put(
+            puts, on_upload=lambda put, upload_id: told.append((put.key, len(proxy.requests("PUT"))))
+        )
     )
 
     assert [(ORIGINAL, 0)] == told
@@ -507,7 +509,7 @@ def test_a_large_file_goes_up_in_parts_after_its_id_was_told(
 def test_a_file_below_the_threshold_goes_up_in_one(real: Bench, proxy: FaultProxy) -> None:
     puts = prepared(real, {"original/cat.jpg": b"x" * (2 * MIB)})
 
-    real.uploader(multipart_threshold=2 * MIB + 1).put(puts, on_upload=no_upload)
+    alone(real.uploader(multipart_threshold=2 * MIB + 1).put(puts, on_upload=no_upload))
 
     assert 1 == len(proxy.requests("PUT"))
 
@@ -525,7 +527,7 @@ def test_rule_5_a_large_file_that_was_written_after_it_was_hashed_is_not_sent(
         file.write(b"y")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    [result] = real.uploader(multipart_threshold=threshold).put(puts, on_upload=lambda put, upload_id: None)
+    [result] = alone(real.uploader(multipart_threshold=threshold).put(puts, on_upload=lambda put, upload_id: None))
 
     assert (Answer.REFUSED, Changed, None) == (result.answer, type(result.error), result.doubt_at)
     assert {} == rclone_server.objects(BUCKET)
@@ -541,7 +543,7 @@ def test_rule_5_a_large_file_that_is_written_while_it_is_sent_does_not_become_an
             file.seek(8 * MIB + 10)
             file.write(b"y")
 
-    [result] = real.uploader(multipart_threshold=MIB).put(puts, on_upload=overwrite)
+    [result] = alone(real.uploader(multipart_threshold=MIB).put(puts, on_upload=overwrite))
 
     assert (Answer.REFUSED, Changed) == (result.answer, type(result.error))
     assert ({}, []) == (rclone_server.objects(BUCKET), uploads(rclone_server))
@@ -550,7 +552,7 @@ def test_rule_5_a_large_file_that_is_written_while_it_is_sent_does_not_become_an
 def test_uploads_that_walks_before_this_one_left_open_are_aborted(real: Bench, rclone_server: RcloneServer) -> None:
     left = rclone_server.client().create_multipart_upload(Bucket=BUCKET, Key=ORIGINAL)["UploadId"]
     [put] = prepared(real, {"original/cat.jpg": b"a cat"})
-    real.uploader().put([dataclasses.replace(put, abandoned=(left, "unknown"))], on_upload=no_upload)
+    alone(real.uploader().put([dataclasses.replace(put, abandoned=(left, "unknown"))], on_upload=no_upload))
 
     assert [] == uploads(rclone_server)
 

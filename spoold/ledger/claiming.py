@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Float, Integer, Row, and_, bindparam, delete, exists, insert, or_, select, update
@@ -27,6 +27,8 @@ from spoold.ledger.statements import Session, Statement
 from spoold.ledger.watching import CHANGE_RECORD, Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
 
+_BYTES_AT_ONCE = 8 << 20  # of files that are walked side by side: the small do not wait for the large
+
 
 class Claiming(Watching):
     """Taking a claim, keeping it, proving it, and what every end of a walk has in common."""
@@ -38,35 +40,49 @@ class Claiming(Watching):
     # Claims
 
     def claim(
-        self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int, uploads_first: bool = True
-    ) -> Claim | None:
-        """Claim the record of the batch that is due next, of these spools and none that is held; None if nothing is.
+        self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int, uploads_first: bool = True, at_most: int = 1
+    ) -> list[Claim]:
+        """Claim the records of the batches that are due next, of these spools and none that is held.
 
+        at_most: how many, of one kind and of not too many bytes together; one under suspicion comes alone.
         crashes: a pending batch whose walks killed their process this often is buried instead. The attempt is written
         down with the claim: a batch that kills us is then counted, not walked for ever (FACTS 31). What was under way in a
         process that died is under suspicion, and an owner walks one such batch at a time: so the innocent end in good order,
         and only the one that kills is counted again.
         """
-        asked = {"owner": owner, "spools": list(spools), "crashes": crashes}
-        order = (_UPLOAD_DUE, _CLEARING_DUE) if uploads_first else (_CLEARING_DUE, _UPLOAD_DUE)
-        with self.read() as connection:  # idle workers ask often: they must not queue up to write
-            if _first_due(connection, order, asked, now=self._clock.now(), lease_s=lease_s) is None:
-                return None
+        asked = {"owner": owner, "spools": list(spools), "crashes": crashes, "at_most": at_most}
+        order = (_UPLOADS_DUE, _CLEARING_DUE) if uploads_first else (_CLEARING_DUE, _UPLOADS_DUE)
+        with self.read() as session:  # idle workers ask often: they must not queue up to write
+            if not _due_now(session, order, {**asked, "at_most": 1}, now=self._clock.now(), lease_s=lease_s):
+                return []
         with self._unless_unsure() as taken, self.write() as change:
-            while True:
-                row = _first_due(change.session, order, asked, now=change.now, lease_s=lease_s)
-                if row is None:
-                    return None
-                self._taking(taken, row.record_key, row.fence + 1)
-                self._take_over(change, row.record_key)
-                if row.state == State.PENDING and row.crashes >= crashes:
-                    fault = Crashed(
-                        f"walk {row.path}: {row.crashes} walks of it ended with the daemon's process",
-                        hint="look at its files and the system's log (out of memory?), then: spoold retry",
-                    )
-                    self._bury(change, row.id, row.record_key, row.spool, row.path, fault)
-                    continue
-                return self._claimed(change, row, owner, lease_s)
+            while rows := _due_now(change.session, order, asked, now=change.now, lease_s=lease_s):
+                claims: list[Claim] = []
+                room = _BYTES_AT_ONCE
+                for row in rows:
+                    if row.state == State.PENDING and row.crashes >= crashes:
+                        self._bury_crashed(change, row)
+                        continue
+                    is_suspected = row.state == State.PENDING and row.crashes > 0
+                    if claims and (is_suspected or row.bytes > room):
+                        break
+                    self._taking(taken, row.record_key, row.fence + 1)
+                    self._take_over(change, row.record_key)
+                    claims.append(self._claimed(change, row, owner, lease_s))
+                    room -= row.bytes
+                    if is_suspected:
+                        break
+                if claims:
+                    return claims
+            return []
+
+    def _bury_crashed(self, change: Transaction, row: Any) -> None:
+        self._take_over(change, row.record_key)
+        fault = Crashed(
+            f"walk {row.path}: {row.crashes} walks of it ended with the daemon's process",
+            hint="look at its files and the system's log (out of memory?), then: spoold retry",
+        )
+        self._bury(change, row.id, row.record_key, row.spool, row.path, fault)
 
     def _take_over(self, change: Transaction, key: int) -> None:
         """Whoever had this record's claim is dead or frozen: what it had under way may still land (rule 6)."""
@@ -263,7 +279,7 @@ _DOUBT_WHAT_IS_OPEN = Statement(
 
 
 def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every column
-    """Select the batch of this kind that may be claimed next, by due time.
+    """Select the batches of this kind that may be claimed next, by due time.
 
     A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
     Each crash puts a batch back in the queue, so that it is not the same one that is under way whenever we are killed.
@@ -279,7 +295,7 @@ def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every 
         )
         .join(record, record.c.id == batch.c.record_key)
         .where(batch.c.due_at <= now, spool.in_(bindparam("spools", expanding=True)), ~live, ~is_held)
-        .limit(1)
+        .limit(bindparam("at_most"))
     )
     if not uploads:
         return due.where(IS_NOT_PENDING).order_by(batch.c.due_at, batch.c.id)
@@ -292,16 +308,19 @@ def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every 
     return due.where(IS_PENDING, QUEUED_AT <= at_most, or_(~suspected, ~one_is_walked)).order_by(QUEUED_AT, batch.c.id)
 
 
-_UPLOAD_DUE = Statement(_due(uploads=True))
+_UPLOADS_DUE = Statement(_due(uploads=True))
 _CLEARING_DUE = Statement(_due(uploads=False))
 
 
-def _first_due(session: Session, order: Iterable[Statement], asked: dict[str, Any], *, now: float, lease_s: float) -> Any:
+def _due_now(
+    session: Session, order: Iterable[Statement], asked: dict[str, Any], *, now: float, lease_s: float
+) -> Sequence[Any]:
+    """Return what is due, of the first kind of which anything is."""
     for statement in order:
-        row = session.execute(statement, {**asked, "now": now, "lapses": now + 2 * lease_s}).first()
-        if row is not None:
-            return row
-    return None
+        rows: Sequence[Any] = session.execute(statement, {**asked, "now": now, "lapses": now + 2 * lease_s})
+        if rows:
+            return rows
+    return []
 
 
 def batch_file_of(row: Any) -> BatchFile:

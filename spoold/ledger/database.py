@@ -92,22 +92,31 @@ class _Group:
         self.ended = threading.Event()
 
     @contextlib.contextmanager
-    def part(self, now: float) -> Iterator[Transaction]:
-        """Yield one more change. If it fails nothing of it stays, and the others are as they were."""
+    def part(self, now: float, *, may_be_first: bool = True) -> Iterator[Transaction]:
+        """Yield one more change. If it fails nothing of it stays, and the others are as they were.
+
+        may_be_first: if this one fails and there are no others, the group ends with it.
+        """
         change = Transaction(self.session, now)
-        is_alone = not self.changes
-        if not is_alone:
+        is_marked = bool(self.changes) or not may_be_first
+        if is_marked:
+            self.demand_standing()
             self.session.mark("SAVEPOINT part")
         try:
             yield change
             change.write_history()
         except BaseException:
-            if not is_alone and self.session.is_in_transaction:
+            if is_marked and self.session.is_in_transaction:
                 self.session.mark("ROLLBACK TO part")
             raise
-        if not is_alone:
+        if is_marked:
             self.session.mark("RELEASE part")
         self.changes.append(change)
+
+    def demand_standing(self) -> None:
+        """Raise LedgerUnavailable if the database has taken back all that there was: a full disk does that."""
+        if not self.session.is_in_transaction:
+            raise LedgerUnavailable("use ledger: it took back what was written", hint=_hint_for("full"))
 
 
 class Database:
@@ -127,6 +136,7 @@ class Database:
         self._counting = threading.Lock()
         self._waiting = 0  # for their turn to write
         self._group: _Group | None = None
+        self._together_in: int | None = None  # the thread whose changes are to be durable together
         self._writer: Session | None = None  # between two groups
         self._readers: list[Session] = []  # that nobody reads from just now
         self._opened = 0  # how often they were all closed, so that none of before is used
@@ -165,6 +175,11 @@ class Database:
 
         Whoever ends while others wait leaves the commit to the last of them, and returns when it is done.
         """
+        if self._together_in == threading.get_ident():
+            assert self._group is not None, "it was begun"
+            with self._translated(), self._group.part(self._clock.now(), may_be_first=False) as change:
+                yield change
+            return
         with self._turn():
             try:
                 if self._group is None:
@@ -175,8 +190,38 @@ class Database:
             except BaseException as error:
                 self._end_failed(error)
                 raise
-            if not self._waiting or len(group.changes) >= _MOST_IN_A_GROUP:
-                self._commit()
+            self._commit_unless_others_come()
+        self._until_durable(group)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Have all changes that this thread makes in the block become durable with one commit, at its end.
+
+        One that fails changes nothing, and the others stand. Raises LedgerUnavailable if none of them does.
+        """
+        with self._turn():
+            try:
+                if self._group is None:
+                    self._group = self._begin()
+                group = self._group
+                self._together_in = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._together_in = None
+                group.demand_standing()
+            except BaseException as error:
+                self._end_failed(error)
+                raise
+            self._commit_unless_others_come()
+        self._until_durable(group)
+
+    def _commit_unless_others_come(self) -> None:
+        assert self._group is not None, "there is something to commit"
+        if not self._waiting or len(self._group.changes) >= _MOST_IN_A_GROUP:
+            self._commit()
+
+    def _until_durable(self, group: _Group) -> None:
         while not group.ended.wait(_PATIENCE_S):  # whoever was to come next did not
             with self._writing:
                 if self._group is group:
@@ -219,9 +264,13 @@ class Database:
             with self._translated():
                 group.session.commit()
             self._writer = group.session
-        except LedgerUnavailable as fault:
-            group.fault = fault
+        except BaseException as error:
             group.session.close()
+            if not isinstance(error, LedgerUnavailable):
+                group.fault = LedgerUnavailable(f"use ledger: the commit was broken off: {error!r}")
+                group.ended.set()
+                raise
+            group.fault = error
         self._tell_trouble(group.fault)
         if group.fault is None:
             for change in group.changes:
@@ -348,7 +397,7 @@ class Database:
         lost_id = self._file.known_id if self._file else None
         if self._file and self._creates and not self._file.exists():
             with self._translated(), contextlib.closing(sqlite3.connect(self._file.path)) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
+                _keep_a_log(connection)
         self._bring_up_to_date(self._creates, lost_id)
         with self.read() as connection:
             statement = select(schema.about.c.value).where(schema.about.c.name == "ledger")
@@ -455,9 +504,21 @@ class Database:
         log.info("ledger.migrated", ledger=self._shown, before=revision, after=schema.REVISION)
 
 
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Use a write-ahead log. While another process makes the first one, SQLite does not wait but is locked at once."""
+    for left in reversed(range(round(_PATIENCE_S / 0.01))):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if left == 0 or error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+        threading.Event().wait(0.01)
+
+
 def _configure(connection: sqlite3.Connection, _: Any) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
-    connection.execute("PRAGMA journal_mode = WAL")
+    _keep_a_log(connection)
     connection.execute("PRAGMA synchronous = FULL")  # NORMAL lost 200 of 200 commits in a power cut (FACTS 28)
     connection.execute("PRAGMA foreign_keys = ON")
 

@@ -1,0 +1,131 @@
+"""Many walks side by side.
+
+A walk is one page for one batch: a generator, which yields what is to be written into the ledger and what is to be asked of
+the store, and goes on when that is done. Here many of them are taken on together. What those want to write that have come so
+far becomes durable with one commit; what they ask goes out at once; nobody waits for one that is still being answered.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from spoold.errors import LedgerUnavailable, SpooldError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A change of the ledger. The walk goes on with what it returns, when it is durable, or with the fault that it raises."""
+
+    change: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Requests to a store, at once. The walk goes on with what they return, in their order, when all have ended."""
+
+    requests: Sequence[Callable[[], Any]]
+
+
+Steps = Generator[Write | Ask, Any, T]
+
+
+class SideBySide:
+    """Takes many walks on together, in the thread that calls it.
+
+    together: makes all changes of the ledger in its block durable at its end. pool: where requests are made.
+    """
+
+    def __init__(self, *, together: Callable[[], AbstractContextManager[None]], pool: Executor) -> None:
+        self._together = together
+        self._pool = pool
+
+    def run(self, walks: Sequence[Steps[T]]) -> list[T | LedgerUnavailable]:
+        """Return how each walk ended, in their order; LedgerUnavailable where the ledger did not take its last word.
+
+        Any other exception that a walk lets out ends them all.
+        """
+        lanes = [_Lane(steps) for steps in walks]
+        answered: queue.SimpleQueue[_Lane[T]] = queue.SimpleQueue()
+        ready, asking = lanes, 0
+        while ready or asking:
+            writing = []
+            for lane in ready:
+                step = lane.go_on()
+                if isinstance(step, Write):
+                    writing.append((lane, step))
+                elif isinstance(step, Ask):
+                    asking += 1
+                    lane.ask(step, self._pool, answered)
+            self._write(writing)
+            ready = [lane for lane, _ in writing]
+            while asking and (not ready or not answered.empty()):
+                ready.append(answered.get())
+                asking -= 1
+        return [lane.end for lane in lanes]
+
+    def _write(self, writing: list[tuple[_Lane[T], Write]]) -> None:
+        if not writing:
+            return
+        try:
+            with self._together():
+                for lane, step in writing:
+                    try:
+                        lane.answer = step.change()
+                    except (SpooldError, OSError) as fault:
+                        lane.fault = fault
+        except LedgerUnavailable as fault:
+            for lane, _ in writing:
+                lane.fault = fault
+
+
+class _Lane(Generic[T]):
+    """One walk, and what it goes on with."""
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps = steps
+        self._left = 0
+        self._counting = threading.Lock()
+        self._asked: list[Future[Any]] = []
+        self.answer: Any = None
+        self.fault: BaseException | None = None
+        self.end: Any = None
+
+    def go_on(self) -> Write | Ask | None:
+        """Take the walk to its next step; None if it has ended."""
+        answer, fault = self.answer, self.fault
+        self.answer = self.fault = None
+        try:
+            if self._asked:
+                answer, self._asked = [future.result() for future in self._asked], []
+            return self._steps.throw(fault) if fault is not None else self._steps.send(answer)
+        except StopIteration as stop:
+            self.end = stop.value
+        except LedgerUnavailable as unavailable:
+            self.end = unavailable
+        return None
+
+    def ask(self, step: Ask, pool: Executor, answered: queue.SimpleQueue[_Lane[T]]) -> None:
+        """Have the requests made; the lane is put into `answered` when the last has ended."""
+        self._left = len(step.requests)
+
+        def ended(_: Future[Any]) -> None:
+            with self._counting:
+                self._left -= 1
+                is_last = self._left == 0
+            if is_last:
+                answered.put(self)
+
+        self._asked = [pool.submit(request) for request in step.requests]
+        for future in self._asked:
+            future.add_done_callback(ended)
+        if not step.requests:
+            self.answer = []
+            answered.put(self)
