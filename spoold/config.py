@@ -188,7 +188,7 @@ class Upload(_Section):
     doubt: Seconds = 15 * MINUTE
     bandwidth: BytesPerSecond | None = None
     multipart_threshold: Bytes = 16 * MB
-    client: Annotated[Literal["boto3"], later(None, "fast")] = "boto3"
+    client: Literal["boto3", "fast"] = "boto3"
 
 
 class Http(_Section):

@@ -36,6 +36,7 @@ LEDGER_LOST = -1
 _MOST_WORKERS = 4
 _SIDE_BY_SIDE = 32  # batches that one worker walks at once
 _AUTO_CONCURRENCY = 16
+_QUICK_CONCURRENCY = 128
 _MEMORY_BYTES = 64 << 20  # of files in flight
 _IDLE_S = 1.0
 _TEND_EVERY_S = 0.5
@@ -75,11 +76,13 @@ class Daemon:
             hint = "set state_dir to a directory that the daemon's user may write into"
             raise LedgerUnavailable(f"use state_dir {settings.state_dir}: {error.strerror}", hint=hint) from error
         concurrency = settings.upload.concurrency if settings.upload.concurrency != "auto" else _AUTO_CONCURRENCY
+        quick = settings.upload.concurrency if settings.upload.concurrency != "auto" else _QUICK_CONCURRENCY
         self._workers = min(_MOST_WORKERS, concurrency)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="put")
         self._store = Store(
             endpoint_url=settings.s3.endpoint_url, region=settings.s3.region, profile=settings.s3.profile,
             addressing_style=settings.s3.addressing_style, checksum=settings.s3.checksum, connections=concurrency + 2,
+            quick_connections=quick if settings.upload.client == "fast" else 0,
         )  # fmt: skip
         self._budget = Budget(_MEMORY_BYTES)
         self._bandwidth = Bandwidth(settings.upload.bandwidth, clock=self._clock)

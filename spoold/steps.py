@@ -29,9 +29,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Requests to a store, at once. The walk goes on with what they return, in their order, when all have ended."""
+    """Requests to a store, at once. The walk goes on with what they return, in their order, when all have ended.
 
-    requests: Sequence[Callable[[], Any]]
+    Each is begun with the pool in which it may work, and tells by a Future when it has ended.
+    """
+
+    requests: Sequence[Callable[[Executor], Future[Any]]]
 
 
 Steps = Generator[Write | Ask, Any, T]
@@ -123,7 +126,7 @@ class _Lane(Generic[T]):
             if is_last:
                 answered.put(self)
 
-        self._asked = [pool.submit(request) for request in step.requests]
+        self._asked = [request(pool) for request in step.requests]
         for future in self._asked:
             future.add_done_callback(ended)
         if not step.requests:

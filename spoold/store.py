@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import re
+import ssl
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,9 @@ from urllib.parse import quote, urlencode
 
 from spoold.digest import FULL_OBJECT, Digester, checksum_of
 from spoold.errors import Changed, SpooldError, StoreDenied, StoreUnavailable, Unproven
+from spoold.fastput import FastPut, in_botocores_words
 from spoold.model import Digests, Headers, StoredObject
+from spoold.sigv4 import Secrets
 from spoold.store_faults import (
     CREDENTIALS,
     answer_unless,
@@ -30,6 +33,7 @@ from spoold.store_faults import (
     safely_said,
     stay_unless_told_where_to_go,
 )
+from spoold.wire import End, Unanswered, Wire
 
 _CHECKSUM_FIELD = {
     "crc32": "ChecksumCRC32",
@@ -47,6 +51,7 @@ class Store:
     """Puts, looks up, reads and deletes objects; safe to share between threads.
 
     region, profile: None leaves them to boto3's own chain, as credentials always are. connections: kept alive at most.
+    quick_connections: for small objects, one request on each; 0 leaves those to boto3 too.
     Every verb raises StoreUnavailable (later; it may have been carried out unless `never_sent`), StoreDenied (nothing
     will work until somebody acts) or Unproven (something answered, but not as S3 does).
     """
@@ -62,6 +67,7 @@ class Store:
         connections: int = 16,
         connect_timeout_s: float = 10,
         read_timeout_s: float = 60,
+        quick_connections: int = 0,
     ) -> None:
         self._endpoint_url = endpoint_url
         self._region = region
@@ -78,6 +84,13 @@ class Store:
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         }
+        self._fast: FastPut | None = None
+        if quick_connections:
+            wire = Wire(
+                connections=quick_connections, connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s, tls=self._tls
+            )
+            self._fast = FastPut(wire)
+        self._putting = threading.local()
         self._client: Any = None
         self._credentials: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by client
         self._lock = threading.Lock()
@@ -91,9 +104,12 @@ class Store:
         answer, or the object when it was read back, does not match (contract, section 6, rule 5).
         """
         what = f"put {key}"
+        self._putting.went = None
         with self._asking(what) as client:
             answer = client.put_object(Bucket=bucket, Key=key, Body=body, **_kept_with_it(headers), **_to_be_verified(digests))
             demand(what, answer, "ETag")
+        if self._fast is not None and self._putting.went is not None:
+            self._fast.learn(bucket, key, *self._putting.went)
         stored = _stored(bucket, key, digests.size, headers.content_type, answer, digests.checksum_algorithm)
         is_confirmed = confirms(stored if _has_md5_etag(answer) else replace(stored, etag=""), digests)
         if is_confirmed is False:
@@ -101,6 +117,55 @@ class Store:
         if is_confirmed is None:
             self._read_back(what, stored, digests)
         return stored
+
+    def has_quick_way(self, bucket: str) -> bool:
+        """Say whether `begin_put` may do something for this bucket."""
+        return self._fast is not None and self._fast.knows(bucket)
+
+    def begin_put(
+        self, bucket: str, key: str, body: bytes, headers: Headers, digests: Digests, *, now: float,
+        done: Callable[[StoredObject | SpooldError], None],
+    ) -> bool:  # fmt: skip
+        """Begin to store `body` in a quicker way, where there is one, and say whether that was done; else it is for `put`.
+
+        done: called once, in another thread, where it must not block: with what the server confirmed; or with a fault, and
+        then `put` knows what it is. now: seconds since the epoch.
+        """
+        fast = self._fast
+        if fast is None:
+            return False
+
+        def ended(end: End) -> None:
+            done(self._judged(fast, bucket, key, headers, digests, end))
+
+        with self._lock:
+            credentials = None if self._client is None else self._credentials.get(self._client)
+        if credentials is None:
+            return False
+        frozen = credentials.get_frozen_credentials()
+        secrets = Secrets(frozen.access_key, frozen.secret_key, frozen.token)
+        return fast.put(bucket, key, body, headers, digests, secrets, now=now, done=ended)
+
+    def _judged(
+        self, fast: FastPut, bucket: str, key: str, headers: Headers, digests: Digests, end: End
+    ) -> StoredObject | SpooldError:
+        what = f"put {key}"
+        if isinstance(end, Unanswered):
+            return StoreUnavailable(f"{what}: {end}", never_sent=not end.was_sent)
+        answer = in_botocores_words(end)
+        if end.status != 200:
+            if end.status < 500:
+                fast.forget(bucket)  # it may have moved, or the clock is wrong: botocore finds out
+            return StoreUnavailable(f"{what}: {end.status}", never_sent=end.status < 500)
+        if not answer.get("ETag", "").strip('"'):
+            return Unproven(f"{what}: 200 without ETag proves nothing")
+        stored = _stored(bucket, key, digests.size, headers.content_type, answer, digests.checksum_algorithm)
+        is_confirmed = confirms(stored if _has_md5_etag(answer) else replace(stored, etag=""), digests)
+        if is_confirmed:
+            return stored
+        if is_confirmed is None:
+            fast.forget(bucket, for_good=True)  # each object is to be read back
+        return Unproven(f"{what}: what came back does not prove it")
 
     def put_parts(
         self,
@@ -230,6 +295,8 @@ class Store:
                 # A wildcard's handlers come first, before those that send again.
                 client.meta.events.register("needs-retry.s3.*", refuse_pages)
                 client.meta.events.register("needs-retry.s3.*", stay_unless_told_where_to_go)
+                if self._fast is not None:
+                    client.meta.events.register_last("before-send.s3.PutObject", self._watch_it_go)
                 self._client = client
                 self._credentials[client] = session.get_credentials()
             return self._client
@@ -240,6 +307,23 @@ class Store:
             client, self._client = self._client, None
         if client is not None:
             client.close()
+        if self._fast is not None:
+            self._fast.close()
+
+    def _watch_it_go(self, request: Any, **_: object) -> None:
+        from botocore.utils import get_environ_proxies
+
+        if not get_environ_proxies(request.url):
+            authorization = request.headers.get("Authorization", b"")
+            said = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
+            self._putting.went = (request.url, said)
+
+    def _tls(self) -> ssl.SSLContext:
+        """Return how certificates are verified: as botocore does."""
+        from botocore.httpsession import get_cert_path
+
+        bundle = self._session().get_config_variable("ca_bundle") or get_cert_path(True)
+        return ssl.create_default_context(cafile=bundle)
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[Any]:

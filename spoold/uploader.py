@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ import tenacity
 from spoold.clock import Clock
 from spoold.content_type import sniff
 from spoold.digest import Digester
-from spoold.errors import BadPath, Changed, Draining, SpooldError, Stale, StoreUnavailable, Unproven
+from spoold.errors import BadPath, Changed, ClaimLost, Draining, SpooldError, Stale, StoreUnavailable, Unproven
 from spoold.layout import Layout
 from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, Identity, Put, PutResult, StoredObject
 from spoold.spool import Spool, fault_of
@@ -81,6 +82,10 @@ class Bandwidth:
         self._clock = clock
         self._free_at = clock.monotonic()
         self._lock = threading.Lock()
+
+    @property
+    def is_unlimited(self) -> bool:
+        return not self._rate
 
     def take(self, size_bytes: int, stop: threading.Event) -> None:
         """Wait for this many bytes' turn. Raises Draining if `stop` is set first."""
@@ -185,21 +190,66 @@ class Uploader:
         """
         originals = [put for put in puts if put.file.file.style == ORIGINAL]
         others = [put for put in puts if put.file.file.style != ORIGINAL]
-        results: list[PutResult] = yield Ask([partial(self._put, put, on_upload) for put in originals])
+        results: list[PutResult] = yield Ask([partial(self._begin, put, on_upload) for put in originals])
         if all(result.answer is Answer.CONFIRMED for result in results):
-            rest: list[PutResult] = yield Ask([partial(self._put, put, on_upload) for put in others])
+            rest: list[PutResult] = yield Ask([partial(self._begin, put, on_upload) for put in others])
             return results + rest
         unsent = Draining("its original is not in the bucket yet")
         return results + [PutResult(put, Answer.REFUSED, error=unsent) for put in others]
 
-    def _put(self, put: Put, on_upload: Callable[[Put, str], None]) -> PutResult:
-        """One attempt: a few tries within seconds, ending at once when the daemon drains."""
+    def _begin(self, put: Put, on_upload: Callable[[Put, str], None], pool: Executor) -> Future[PutResult]:
+        """Begin a PUT: the quick way, where there is one and nothing is special about it; what that leaves open is `_put`'s."""
+        future: Future[PutResult] = Future()
+
+        def go_on(doubt_at: float | None) -> None:
+            try:
+                slow = pool.submit(self._put, put, on_upload, doubt_at)
+            except RuntimeError as error:  # the daemon has ended without us
+                future.set_exception(error)
+                return
+            slow.add_done_callback(lambda ended: _hand_over(ended, future))
+
+        def done(end: StoredObject | SpooldError) -> None:
+            if isinstance(end, StoredObject):
+                self._tell_stored(put, end)
+                future.set_result(PutResult(put, Answer.CONFIRMED, end))
+            else:
+                go_on(None if getattr(end, "never_sent", False) else self._clock.now())
+
+        if not self._is_plain(put) or not self._begin_quickly(put, done):
+            go_on(None)
+        return future
+
+    def _is_plain(self, put: Put) -> bool:
+        is_new = put.adopted is None and not put.is_sought and not put.abandoned
+        return is_new and put.body is not None and put.digests.size < self._to.multipart_threshold
+
+    def _begin_quickly(self, put: Put, done: Callable[[StoredObject | SpooldError], None]) -> bool:
+        if not self._bandwidth.is_unlimited or self._stop.is_set() or not self._store.has_quick_way(put.bucket):
+            return False
+        try:
+            self._demand_claim()
+        except ClaimLost:  # `_put` says so
+            return False
+        body, now = put.body or b"", self._clock.now()
+        return self._store.begin_put(put.bucket, put.key, body, put.headers, put.digests, now=now, done=done)
+
+    def _tell_stored(self, put: Put, stored: StoredObject) -> None:
+        log.debug(
+            "file.stored", spool=self._spool.name, path=put.file.file.path, key=put.key, style=put.file.file.style,
+            size_bytes=stored.size,
+        )  # fmt: skip
+
+    def _put(self, put: Put, on_upload: Callable[[Put, str], None], doubt_at: float | None = None) -> PutResult:
+        """One attempt: a few tries within seconds, ending at once when the daemon drains.
+
+        doubt_at: when a try before these ended without an answer, if there was one.
+        """
         for upload_id in put.abandoned:  # its parts cost money until somebody aborts it
             with contextlib.suppress(SpooldError):
                 self._store.abort(put.bucket, put.key, upload_id)
         if put.adopted is not None:
             return PutResult(put, Answer.CONFIRMED, put.adopted)
-        doubt_at: float | None = None
         give_up_at = self._clock.monotonic() + _PERSISTENCE_S
         try:
             if put.is_sought and (found := self._found(put)) is not None:
@@ -225,10 +275,7 @@ class Uploader:
             # A try that was not made, or not answered either, does not settle what became of the one before.
             in_doubt = isinstance(fault, StoreUnavailable | Unproven | Stale) and doubt_at is not None
             return PutResult(put, Answer.DOUBT if in_doubt else Answer.REFUSED, doubt_at=doubt_at, error=fault)
-        log.debug(
-            "file.stored", spool=self._spool.name, path=put.file.file.path, key=put.key, style=put.file.file.style,
-            size_bytes=stored.size,
-        )  # fmt: skip
+        self._tell_stored(put, stored)
         return PutResult(put, Answer.CONFIRMED, stored, doubt_at=doubt_at)
 
     def _found(self, put: Put) -> StoredObject | None:
@@ -280,6 +327,15 @@ class Uploader:
                 raise Changed(f"read {put.file.file.path}: it was written meanwhile")
         if held_back:
             yield held_back
+
+
+def _hand_over(ended: Future[PutResult], to: Future[PutResult]) -> None:
+    if ended.cancelled():
+        to.cancel()
+    elif (error := ended.exception()) is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(ended.result())
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

@@ -18,7 +18,7 @@ PAIRS = {
     ("doubts", "clock"),
        ("clock", "model"), ("layout", "errors"), ("layout", "model"), ("layout", "template"), ("template", "errors"),
     ("template", "model"), ("completeness", "model"), ("digest", "model"), ("content_type", "container"),
-    ("yaml_places", "errors"), ("cli", "demo"), ("store", "store_faults"),
+    ("yaml_places", "errors"), ("cli", "demo"), ("store", "store_faults"), ("store", "fastput"),
     ("watcher", "looker"), ("watcher", "observing"), ("cleanup", "aside"), ("explain", "looker"),
     ("config", "config_values"), ("config", "config_rules"), ("config", "config_words"),
     ("config_rules", "config_values"), ("config_words", "config_values"), ("config_words", "config_rules"),
@@ -39,6 +39,7 @@ HOMES = {
     "rich": {"terminal"},
     "puremagic": {"content_type"},
     "awscrt": {"digest"},
+    "httptools": {"wire"},
     "sqlite3": {"ledger", "demo"},
 }
 
@@ -59,7 +60,7 @@ def ladder() -> dict[str, int]:
         name, modules = [cell.strip() for cell in line.split("|")[1:3]]
         floor += bool(name)
         modules = re.sub(r"\(→[^)]*\)", "", modules)
-        for module in re.findall(r"`([a-z_]+)/?`", modules):
+        for module in re.findall(r"`([a-z_0-9]+)/?`", modules):
             floors[module] = floor
     return floors
 

@@ -440,7 +440,7 @@ def test_a_wrong_duration_is_told_with_what_to_write(written, problem):
         ("concurrency", "1025", "is out of range: 1025; write auto, or a whole number from 1 to 1024"),
         ("concurrency", "many", 'is out of range: "many"; write auto, or a whole number from 1 to 1024'),
         ("concurrency", "yes", "is out of range: True; write auto, or a whole number from 1 to 1024"),
-        ("client", "fast", "is not built yet; leave it out"),
+        ("client", "rclone", 'must be one of boto3, fast, not "rclone"; write boto3, for instance'),
         ("retry", "{crashes: 0}", "is too small: 0; write 1 or more"),
         ("retry", "{initial: 2s, max: 1s}", "is less than `initial`; write the longest wait between two attempts"),
     ],

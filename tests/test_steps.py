@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -64,9 +64,13 @@ def test_nothing_to_write_is_no_commit(book: Book, side_by_side: SideBySide) -> 
     assert [] == book.commits
 
 
-def asking(*requests: Any) -> Steps[list[Any]]:
-    answers: list[Any] = yield Ask(requests)
+def asking(*requests: Callable[[], Any]) -> Steps[list[Any]]:
+    answers: list[Any] = yield Ask([in_pool(request) for request in requests])
     return answers
+
+
+def in_pool(request: Callable[[], Any]) -> Callable[[Executor], Future[Any]]:
+    return lambda pool: pool.submit(request)
 
 
 def test_answers_come_in_the_order_of_the_requests(side_by_side: SideBySide) -> None:
@@ -87,11 +91,11 @@ def test_nobody_waits_for_one_that_is_being_answered(book: Book, side_by_side: S
     others_are_done = threading.Event()
 
     def slow() -> Steps[str]:
-        yield Ask([lambda: others_are_done.wait(10)])
+        yield Ask([in_pool(lambda: others_are_done.wait(10))])
         return (yield Write(lambda: book.note("slow")))
 
     def quick() -> Steps[str]:
-        yield Ask([lambda: None])
+        yield Ask([in_pool(lambda: None)])
         said: str = yield Write(lambda: book.note("quick"))
         others_are_done.set()
         return said

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from spoold.digest import Digester
 from spoold.errors import (
     BadPath,
     Changed,
@@ -28,6 +29,7 @@ from spoold.errors import (
     Vanished,
 )
 from spoold.model import Answer, Batch, Headers, Put, PutResult
+from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget
 from tests.paperclip import picture
 from tests.parts import BUCKET, RECORD, Bench, ManualClock, RealClock, alone, in_a_world, until, without
@@ -290,6 +292,58 @@ def test_a_batch_without_original_sends_its_styles(real: Bench, rclone_server: R
 
 
 # Tries within one attempt
+
+
+@pytest.fixture
+def quick(tmp_path: Path, proxy: FaultProxy, rclone_server: RcloneServer) -> Iterator[Bench]:
+    """A bench whose store knows the quick way, since it has put something before."""
+    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
+        bench.store.close()
+        bench.store = Store(
+            endpoint_url=proxy.endpoint_url, region="us-east-1", addressing_style="path", read_timeout_s=5, quick_connections=8
+        )
+        digester = Digester("crc32")
+        bench.store.put(BUCKET, "first", b"", Headers("text/plain"), digester.digests())
+        yield bench
+
+
+def test_the_quick_way_sends_each_once_and_originals_first(
+    quick: Bench, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick.store, "put", None)  # nothing goes the slow way
+
+    results = alone(quick.uploader().put(prepared(quick, CAT), on_upload=no_upload))
+
+    keys = [seen.key for seen in proxy.requests("PUT", RECORD)]
+    assert {Answer.CONFIRMED} == set(answers(results).values())
+    assert [None] * 3 == [result.doubt_at for result in results]
+    assert sorted(f"{RECORD}/{path}" for path in CAT) == sorted(key.removeprefix(f"{BUCKET}/") for key in keys)
+    assert "/original/" in keys[0]
+
+
+def test_what_the_quick_way_does_not_settle_is_tried_the_slow_way(
+    quick: Bench, proxy: FaultProxy, rclone_server: RcloneServer
+) -> None:
+    proxy.on("PUT", "/original/", LoseAnswer(), times=1)
+    proxy.on("PUT", "/thumb/", Reply(403, error_body("ExpiredToken")), times=1)
+
+    results = alone(quick.uploader().put(prepared(quick, CAT), on_upload=no_upload))
+
+    doubts = {result.put.file.file.style: result.doubt_at for result in results}
+    assert {Answer.CONFIRMED} == set(answers(results).values())
+    assert CAT == {key.removeprefix(f"{RECORD}/"): body for key, body in rclone_server.objects(BUCKET).items() if body}
+    assert doubts["original"] is not None, "the first try may still land"
+    assert doubts["thumb"] is None, "it was refused"
+
+
+def test_the_quick_way_asks_whether_the_claim_lasts(quick: Bench, proxy: FaultProxy) -> None:
+    puts = prepared(quick, CAT)
+    quick.has_claims = False
+
+    results = alone(quick.uploader().put(puts, on_upload=no_upload))
+
+    assert {Answer.REFUSED} == set(answers(results).values())
+    assert [] == proxy.requests("PUT", RECORD)
 
 
 @pytest.mark.parametrize(

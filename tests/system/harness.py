@@ -21,6 +21,7 @@ from typing import IO, Any
 import yaml
 
 from tests.nursery import Born, nursery
+from tests.parts import CLIENT
 from tests.servers import MotoServer, RcloneServer
 
 DEADLINE_S = 40.0
@@ -119,7 +120,7 @@ class Site:
                 s3 or {},
             ),
             "spools": [merged(base, spool or {})],
-            "upload": merged({"retry": {"initial": "100ms", "max": "1s"}}, upload or {}),
+            "upload": merged({"retry": {"initial": "100ms", "max": "1s"}, "client": CLIENT}, upload or {}),
             "log": {"level": "debug"},
             "drain_timeout": "20s",
         }
