@@ -204,6 +204,7 @@ class Daemon:
         """Work until asked to stop, or until nothing is left if that is all that was asked for; return the exit code."""
         self._holds.forget_before()
         self._bury_owners()
+        self._owner.forget_all_dead(but=self._ledger.owners())
         self._keep_reserve()
         for spool in self._settings.spools:
             self._shorten_waits(spool)

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spoold.clock import Clock
@@ -40,13 +40,22 @@ class Owner:
         self.name = f"{self._host}:{uuid.uuid4()}"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = directory / self.name
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = self._lock_file()
         self._words: str | None = None
         self.say("")
-        fcntl.flock(self._fd, fcntl.LOCK_EX)  # nobody else keeps it, but one who looks may have it for a moment
         self._sure_until = clock.monotonic() + LEASE_S
         self._at_work = 0
         self._lock = threading.Lock()
+
+    def _lock_file(self) -> int:
+        """Make our lock file and lock it. Who tidies up may have taken it for that of a dead daemon in between."""
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # nobody else keeps it, but one who looks may have it for a moment
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(fd)):
+                    return fd
+            os.close(fd)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[bool]:
@@ -89,25 +98,43 @@ class Owner:
 
     def is_dead(self, name: str) -> bool:
         """Say whether the daemon of this name is known to be dead; one on another host or with another state_dir never is."""
+        with self._grasped(name) as is_dead:
+            return is_dead
+
+    @contextlib.contextmanager
+    def _grasped(self, name: str) -> Iterator[bool]:
+        """Hold the lock of the daemon of this name if it is dead; yield whether it is."""
         if name == self.name or not name.startswith(f"{self._host}:") or "/" in name:
-            return False
+            yield False
+            return
         try:
             fd = os.open(self._directory / name, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            return False  # it keeps its lock elsewhere, with another state_dir: its claims must run out
+            yield False  # it keeps its lock elsewhere, with another state_dir: its claims must run out
+            return
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_dead = True
+            except OSError:
+                is_dead = False
+            yield is_dead
         finally:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        return True
 
     def forget(self, name: str) -> None:
         """Remove the lock file of a daemon that is dead."""
         with contextlib.suppress(OSError):
             (self._directory / name).unlink()
+
+    def forget_all_dead(self, but: Collection[str]) -> None:
+        """Remove the lock files that daemons left which were killed, but for these names: a lock tells that they are dead."""
+        with contextlib.suppress(OSError):
+            for name in set(os.listdir(self._directory)) - set(but):
+                with self._grasped(name) as is_dead:
+                    if is_dead:
+                        self.forget(name)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what is left of it is an unlocked file

@@ -142,7 +142,10 @@ class Store:
             credentials = None if self._client is None else self._credentials.get(self._client)
         if credentials is None:
             return False
-        frozen = credentials.get_frozen_credentials()
+        try:
+            frozen = credentials.get_frozen_credentials()
+        except Exception:  # they are to be renewed, and a helper or a role may raise anything: `put` says what
+            return False
         secrets = Secrets(frozen.access_key, frozen.secret_key, frozen.token)
         return fast.put(bucket, key, body, headers, digests, secrets, now=now, done=ended)
 

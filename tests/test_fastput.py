@@ -204,6 +204,17 @@ def test_a_wrong_clock_is_botocores_to_find_out(server: StrictServer) -> None:
         assert begun(store, b"a cat") is None
 
 
+def test_credentials_that_cannot_be_renewed_are_botocores_to_tell(server: StrictServer) -> None:
+    class Expired:
+        def get_frozen_credentials(self) -> None:
+            raise RuntimeError("the role is not there any more")
+
+    with store_of(server.endpoint_url) as store:
+        store._credentials[store._client] = Expired()
+
+        assert begun(store, b"a cat") is None
+
+
 def test_many_at_once(server: StrictServer) -> None:
     ends: queue.SimpleQueue[StoredObject | SpooldError] = queue.SimpleQueue()
     with store_of(server.endpoint_url) as store:

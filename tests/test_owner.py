@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,44 @@ def test_a_daemon_is_dead_as_soon_as_it_was_killed_and_not_before(tmp_path: Path
 
         assert alive is False
         assert ours.is_dead(name) is True
+
+
+def test_what_killed_daemons_left_is_tidied_up_but_what_still_tells_of_claims(tmp_path: Path) -> None:
+    ours = Owner(tmp_path, clock=SystemClock())
+    (living_one, living_name), *killed = (other_daemon(tmp_path) for _ in range(3))
+    for process, _ in killed:
+        process.kill()
+        process.wait(10)
+        process.communicate()
+    names = [name for _, name in killed]
+
+    ours.forget_all_dead(but=names[:1])
+    left = {path.name for path in tmp_path.iterdir()}
+    living_one.communicate("", timeout=10)
+
+    assert {ours.name, living_name, names[0]} == left
+
+
+def test_a_lock_file_that_was_tidied_away_while_it_was_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its lock it looks like that of a dead daemon."""
+    flock = fcntl.flock
+    tidied: list[Path] = []
+
+    def tidy_first(fd: int, how: int) -> None:
+        if not tidied:
+            tidied.extend(tmp_path.iterdir())
+            for path in tidied:
+                path.unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", tidy_first)
+
+    ours = Owner(tmp_path, clock=SystemClock())
+
+    assert [tmp_path / ours.name] == list(tmp_path.iterdir())
+    assert [""] == living(tmp_path)
 
 
 def test_nobody_is_dead_for_being_unknown_here(tmp_path: Path) -> None:

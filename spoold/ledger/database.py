@@ -511,7 +511,7 @@ def _keep_a_log(connection: sqlite3.Connection) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            if left == 0 or error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            if left == 0 or getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
                 raise
         threading.Event().wait(0.01)
 
