@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from spoold.beneath import open_beneath
 from spoold.errors import BadPath, Changed, NoAccess, SpoolBroken, SpooldError, StillOpen, Vanished
 from spoold.layout import DEEPEST, Layout
 from spoold.model import HOUSE, Identity, Oddity, Snapshot, SpooledFile
@@ -72,23 +73,19 @@ class Spool:
             shut(fd)
 
     def _descend(self, path: str) -> int:
-        fd = self._open_root()
+        if ".." in path.split("/"):
+            raise Vanished(f"open {path}: it leads out of the spool")
+        root = self._open_root()
+        if not path:
+            return root
         try:
-            here = _place_of(fd)
-            for part in filter(None, path.split("/")):
-                if part == "..":
-                    raise Vanished(f"open {path}: it leads out of the spool")
-                outer, fd = fd, os.open(part, _DIRECTORY, dir_fd=fd)
-                shut(outer)
-                if _place_of(fd) != here:
-                    raise Vanished(f"open {path}: {_MOUNTED}")
+            return open_inside(root, path, _DIRECTORY)
         except OSError as error:
-            shut(fd)
+            if error.errno == errno.EXDEV:
+                raise Vanished(f"open {path}: {_MOUNTED}") from error
             raise fault_of(error, "open", path) from error
-        except Vanished:
-            shut(fd)
-            raise
-        return fd
+        finally:
+            shut(root)
 
     def follow(self) -> None:
         """Find out anew where the root leads to, if it is a link: a deployment may have given it another target."""
@@ -302,12 +299,12 @@ class Spool:
     def _inner(self, fd: int, name: str, path: str) -> Iterator[int]:
         """Yield a descriptor of a directory inside another; Vanished as in `directory`, BadPath if it may not be read."""
         try:
-            inner = os.open(name, _DIRECTORY, dir_fd=fd)
+            inner = open_inside(fd, name, _DIRECTORY)
         except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise Vanished(_MOUNTED) from error
             raise fault_of(error, "open", path) from error
         try:
-            if _place_of(inner) != _place_of(fd):
-                raise Vanished(_MOUNTED)
             yield inner
         finally:
             shut(inner)
@@ -501,6 +498,44 @@ def names_kept(root: Path) -> list[str]:
             os.close(fd)
 
 
+def open_inside(directory: int, path: str, flags: int) -> int:
+    """Open what has this path below an open directory, past no link; path: without "..".
+
+    Raises OSError as open does; with EXDEV if something else is mounted there or on the way, or it is another filesystem.
+    """
+    fd = open_beneath(directory, path, flags)
+    if fd is None:
+        return _open_step_by_step(directory, path, flags)
+    try:
+        if os.fstat(fd).st_dev != os.fstat(directory).st_dev:  # a subvolume is no mount
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+    except OSError:
+        shut(fd)
+        raise
+    return fd
+
+
+def _open_step_by_step(directory: int, path: str, flags: int) -> int:
+    """Do what `open_inside` does for a kernel that has no call for it: open each directory on the way."""
+    here = _place_of(directory)
+    *way, last = filter(None, path.split("/"))
+    fd = directory
+    for part, how in (*((part, _DIRECTORY) for part in way), (last, flags)):
+        try:
+            inner = os.open(part, how, dir_fd=fd)
+        finally:
+            if fd != directory:
+                shut(fd)
+        fd = inner
+        try:
+            if _place_of(fd) != here:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+        except OSError:
+            shut(fd)
+            raise
+    return fd
+
+
 def open_regular(directory: int, name: str, path: str) -> int:
     """Open a regular file in an open directory for reading, and nothing else. Raises Vanished, Changed, BadPath, StillOpen.
 
@@ -508,14 +543,14 @@ def open_regular(directory: int, name: str, path: str) -> int:
     Opening a device can act on it, opening a FIFO wakes who waits at its other end.
     """
     try:
-        named = os.open(name, _NAME, dir_fd=directory)
+        named = open_inside(directory, name, _NAME)
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise Changed(f"open {path}: {_MOUNTED}") from error
         raise fault_of(error, "open", path) from error
     try:
         if not stat.S_ISREG(os.fstat(named).st_mode):
             raise Changed(f"open {path}: it is no regular file any more")
-        if _place_of(named) != _place_of(directory):
-            raise Changed(f"open {path}: {_MOUNTED}")
         return os.open(f"/proc/self/fd/{named}", _FILE)
     except OSError as error:
         raise fault_of(error, "open", path) from error

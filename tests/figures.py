@@ -1,4 +1,4 @@
-"""Figures that the tests measure, and the tables that docs/reliability.md makes of them: no number in there is typed in.
+"""Figures that the tests measure, and the tables that the documents make of them: no number in there is typed in.
 
     record("race", tool="spoold", writer="rename", filesystem="ext4", rewrites=20_000, lost=0)
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 FILE = "SPOOLD_FIGURES"
 DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("reliability.md", "performance.md")
 
 Line = dict[str, str | int | float]
 
@@ -84,5 +85,6 @@ def _shown(value: str | int | float) -> str:
 
 
 if __name__ == "__main__":
-    document = DOCS / "reliability.md"
-    document.write_text(filled(document.read_text(), newest((DOCS / "figures.jsonl").read_text())))
+    measured = newest((DOCS / "figures.jsonl").read_text())
+    for document in (DOCS / page for page in PAGES):
+        document.write_text(filled(document.read_text(), measured))

@@ -33,7 +33,7 @@ import sqlalchemy
 from botocore.httpsession import URLLib3Session
 from sqlalchemy.engine import Engine
 
-from spoold import renames
+from spoold import beneath, renames
 
 Layer = Literal["os", "ledger", "s3"]
 Moment = Literal["before", "after"]
@@ -250,6 +250,7 @@ class Hand:
             mock.patch.object(fcntl, "fcntl", self._call("fcntl", fcntl.fcntl, False)),
             mock.patch.object(fcntl, "flock", self._call("flock", fcntl.flock, False)),
             mock.patch.object(renames, "_libc", _Libc(self, renames._libc)),
+            mock.patch.object(beneath, "_libc", _Libc(self, beneath._libc)),
         ]
         return patches
 
@@ -364,7 +365,7 @@ class _Entry:
 
 
 class _Libc:
-    """libc, of which `renames` uses one function, and says by errno what went wrong."""
+    """libc, of which `renames` and `beneath` use one function each, and which says by errno what went wrong."""
 
     def __init__(self, hand: Hand, real: Any) -> None:
         self._hand = hand
@@ -376,6 +377,15 @@ class _Libc:
             result: int = self._hand.meet(
                 "os", "renameat2", lambda: self._real.renameat2(*args), is_effect=True, caller=caller
             )  # fmt: skip
+        except OSError as error:
+            ctypes.set_errno(error.errno or errno.EIO)
+            return -1
+        return result
+
+    def syscall(self, *args: Any) -> int:
+        caller = sys._getframe(1)
+        try:
+            result: int = self._hand.meet("os", "openat2", lambda: self._real.syscall(*args), caller=caller)
         except OSError as error:
             ctypes.set_errno(error.errno or errno.EIO)
             return -1

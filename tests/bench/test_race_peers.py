@@ -47,7 +47,7 @@ def test_what_a_mover_loses_while_somebody_writes(tmp_path: Path, rclone_server:
     bucket = rclone_server.create_bucket("peers")
 
     with FaultProxy(rclone_server.endpoint_url) as proxy:
-        environment = rclone_server.environment() | _rclone_remote(rclone_server, proxy.endpoint_url)
+        environment = rclone_server.environment() | rclone_remote(proxy.endpoint_url)
         command = [str(binary), *COMMANDS[tool](root, bucket, proxy.endpoint_url)]
         with racing(root, rclone_server, bucket, rewrites=REWRITES, files=FILES, rest_s=REST_S) as race:
             proxy.rules.append(race.look_at)
@@ -57,12 +57,9 @@ def test_what_a_mover_loses_while_somebody_writes(tmp_path: Path, rclone_server:
     _record(tool, race, root, runs)
 
 
-def _rclone_remote(server: RcloneServer, endpoint_url: str) -> dict[str, str]:
-    """Return what configures rclone's remote `peer:` without a file."""
-    remote = {
-        "type": "s3", "provider": "Other", "endpoint": endpoint_url, "access_key_id": server.access_key,
-        "secret_access_key": server.secret_key, "region": server.region,
-    }  # fmt: skip
+def rclone_remote(endpoint_url: str) -> dict[str, str]:
+    """Return what configures rclone's remote `peer:` without a file; credentials are the environment's."""
+    remote = {"type": "s3", "provider": "Other", "endpoint": endpoint_url, "env_auth": "true", "region": "us-east-1"}
     return {"RCLONE_CONFIG": "", **{f"RCLONE_CONFIG_PEER_{name.upper()}": value for name, value in remote.items()}}
 
 

@@ -1,0 +1,187 @@
+"""How fast small files go up, beside what people move files to S3 with: the same files, the same server, one after the other.
+
+A contestant gets a tree of its own, of records with an original and five styles, and a server that holds nothing yet, and is
+started as from a shell. spoold's time is all of it: it finds the files, waits until they are quiet, hashes them, writes every
+step into its ledger durably, sets them aside, looks at them again and removes files and directories.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests import figures
+from tests.bench.test_race_peers import PEERS, rclone_remote
+from tests.servers import RcloneServer
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(7200)]
+
+ROOT = Path(__file__).parents[2]
+STYLES = ("original", "large", "medium", "small", "thumb", "tiny")
+RECORDS = int(os.environ.get("BENCH_RECORDS", "2000"))
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
+BUCKET = "bench"
+
+
+class MemoryServer(RcloneServer):
+    """`rclone serve s3` over nothing but memory: the disk is the contestants'."""
+
+    def _command(self) -> list[str]:
+        return [*super()._command()[:-1], ":memory:"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run took: wall-clock and CPU time in seconds, of all threads and processes, and the most memory in bytes."""
+
+    wall_s: float
+    cpu_s: float
+    rss_bytes: int
+
+
+Command = Callable[[Path, str, Path], tuple[Sequence[str], dict[str, str]]]
+"""(root, endpoint URL, scratch directory) → arguments and environment."""
+
+
+def spoold(client: str) -> Command:
+    def command(root: Path, endpoint_url: str, scratch: Path) -> tuple[Sequence[str], dict[str, str]]:
+        at_once = {"min_age": "10ms", "grace": "10ms", "keep_empty_dirs_for": "10ms"}
+        settings: dict[str, Any] = {
+            "state_dir": str(scratch / "state"),
+            "s3": {"endpoint_url": endpoint_url, "region": "us-east-1", "addressing_style": "path"},
+            "spools": [
+                {"name": "bench", "root": str(root), "bucket": BUCKET, "complete": {"settle": "10ms"}, "cleanup": at_once}
+            ],
+            "upload": {"client": client},
+            "log": {"level": "warning"},
+        }
+        config = scratch / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        return [sys.executable, "-m", "spoold", "--config", str(config), "run", "--once"], {}
+
+    return command
+
+
+def rclone(transfers: int) -> Command:
+    def command(root: Path, endpoint_url: str, scratch: Path) -> tuple[Sequence[str], dict[str, str]]:
+        arguments = [
+            "move",
+            "--delete-empty-src-dirs",
+            "--transfers",
+            str(transfers),
+            "--checkers",
+            "16",
+            str(root),
+            f"peer:{BUCKET}",
+        ]
+        return [str(PEERS / "rclone"), *arguments], rclone_remote(endpoint_url)
+
+    return command
+
+
+def s5cmd(workers: int) -> Command:
+    def command(root: Path, endpoint_url: str, scratch: Path) -> tuple[Sequence[str], dict[str, str]]:
+        arguments = ["--numworkers", str(workers), "--log", "error", "--endpoint-url", endpoint_url]
+        return [str(PEERS / "s5cmd"), *arguments, "mv", f"{root}/*", f"s3://{BUCKET}/"], {}
+
+    return command
+
+
+CONTESTANTS: dict[str, Command] = {
+    "spoold, fast": spoold("fast"),
+    "spoold, boto3": spoold("boto3"),
+    "rclone move, 16": rclone(16),
+    "rclone move, 64": rclone(64),
+    "s5cmd mv, 16": s5cmd(16),
+    "s5cmd mv, 64": s5cmd(64),
+    "s5cmd mv, 256": s5cmd(256),
+}  # fmt: skip
+
+
+def test_small_files(tmp_path: Path) -> None:
+    """An original and five styles each, of 1 to 12 kB."""
+    contestants = {
+        name: command for name, command in CONTESTANTS.items()
+        if name.startswith("spoold") or (PEERS / name.split()[0]).exists()
+    }  # fmt: skip
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for number in range(ROUNDS):
+        for name, command in contestants.items():
+            scratch = tmp_path / f"{number}-{name}"
+            scratch.mkdir()
+            runs[name].append(run_of(command, scratch))
+            shutil.rmtree(scratch)
+
+    files = RECORDS * len(STYLES)
+    speeds = {name: statistics.median(files / run.wall_s for run in runs[name]) for name in runs}
+    costs = {name: statistics.median(run.cpu_s / files for run in runs[name]) for name in runs}
+    peers = [name for name in runs if not name.startswith("spoold")] or list(runs)
+    fastest, cheapest = max(speeds[name] for name in peers), min(costs[name] for name in peers)
+    for name in runs:
+        figures.record(
+            "small-files", server="rclone serve s3, memory", client=name, files=files, rounds=ROUNDS,
+            files_per_s=round(speeds[name]), of_the_fastest_peer=round(speeds[name] / fastest, 2),
+            cpu_us_per_file=round(costs[name] * 1e6), of_the_cheapest_peer=round(costs[name] / cheapest, 2),
+            memory_mb=round(statistics.median(run.rss_bytes for run in runs[name]) / 2**20),
+        )  # fmt: skip
+
+
+def run_of(command: Command, scratch: Path) -> Run:
+    """Have a contestant move all files, and see that it did."""
+    root = scratch / "spool"
+    content = save(root)
+    with MemoryServer(scratch / "s3") as server:
+        server.create_bucket(BUCKET)
+        arguments, environment = command(root, server.endpoint_url, scratch)
+        began = time.monotonic()
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=os.environ | server.environment() | environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None
+        with process.stderr:
+            said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall_s = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert 0 == process.returncode, said.decode()[-2000:]
+        listed = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+        found = {entry["Key"]: entry["Size"] for page in listed for entry in page.get("Contents", ())}
+    assert {path: len(body) for path, body in content.items()} == {
+        key: size for key, size in found.items() if not key.endswith(".spoold-probe")
+    }  # fmt: skip
+    assert not any(path.is_file() for path in root.rglob("*/original/*"))
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def save(root: Path) -> dict[str, bytes]:
+    """Write records as Paperclip does, no two files alike; return their contents by path."""
+    written = {}
+    for number, style in enumerate(STYLES):
+        side = (160, 112, 80, 64, 48, 32)[number]
+        picture = io.BytesIO()
+        Image.effect_noise((side, side), 60).save(picture, "JPEG", quality=80)
+        written[style] = picture.getvalue()
+    content = {}
+    for record in range(RECORDS):
+        for style, body in written.items():
+            path = f"avatars/{record}/{style}/me.jpg"
+            # A comment right after the start of the image tells one from another.
+            content[path] = body[:2] + b"\xff\xfe\x00\x0a" + record.to_bytes(8, "big") + body[2:]
+            file = root / path
+            file.parent.mkdir(parents=True)
+            file.write_bytes(content[path])
+    return content
