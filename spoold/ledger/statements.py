@@ -6,14 +6,16 @@ does, and a walk runs about eighty. So those of every walk are made once, and so
 
 from __future__ import annotations
 
+import operator
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import sqlalchemy
-from sqlalchemy import Boolean, ClauseElement, Connection, Dialect
+from sqlalchemy import BindParameter, Boolean, ClauseElement, Connection, Dialect
+from sqlalchemy.sql import visitors
 
-Parameters = Mapping[str, Any]
+Parameters = dict[str, Any]
 
 
 class Rows(list[Any]):
@@ -45,14 +47,19 @@ class Statement:
 
     def __init__(self, clause: ClauseElement) -> None:
         self._clause = clause
+        self._lists = [
+            element.key for element in visitors.iterate(clause) if isinstance(element, BindParameter) and element.expanding
+        ]  # fmt: skip
         self._texts: dict[tuple[Any, ...], _Text] = {}
 
     def text(self, dialect: Dialect, parameters: Parameters) -> _Text:
         """Return how the driver wants it for parameters of these names, and lists of these lengths."""
-        shape = tuple((name, len(value) if type(value) is list else None) for name, value in parameters.items())
-        text = self._texts.get((dialect.name, shape))
+        shape = (dialect.name, *parameters)
+        if self._lists:
+            shape += tuple(len(parameters[name]) for name in self._lists if name in parameters)
+        text = self._texts.get(shape)
         if text is None:
-            text = self._texts[dialect.name, shape] = _Text(self._clause, dialect, parameters)
+            text = self._texts[shape] = _Text(self._clause, dialect, parameters)
         return text
 
 
@@ -80,11 +87,16 @@ class _Text:
                 places[part] = _value_of(name) if number is None else _nth_of(name, number)
         self._names = list(expanded.positiontup or places)
         self._places = [places[name] for name in self._names]
+        is_plain = self.is_positional and all(name in parameters for name in self._names) and len(self._names) > 1
+        self._plainly = operator.itemgetter(*self._names) if is_plain else None
         results: Iterable[Any] = getattr(clause, "exported_columns", ())
         self._booleans = [number for number, column in enumerate(results) if isinstance(column.type, Boolean)]
         self._row: Callable[[Iterable[Any]], Any] | None = None
 
     def arguments(self, parameters: Parameters) -> Sequence[Any] | Mapping[str, Any]:
+        if self._plainly is not None:
+            plain: tuple[Any, ...] = self._plainly(parameters)
+            return plain
         values = [place(parameters) for place in self._places]
         return values if self.is_positional else dict(zip(self._names, values, strict=True))
 
@@ -119,7 +131,7 @@ class Session:
         """Run a statement, for each of the parameters if there are several: nothing comes of it then."""
         if not isinstance(statement, Statement):
             return self._connection.execute(statement, parameters or None)
-        if isinstance(parameters, Mapping):
+        if isinstance(parameters, dict):
             text = statement.text(self._dialect, parameters)
             self._cursor.execute(text.text, text.arguments(parameters))
             return text.rows(self._cursor)
