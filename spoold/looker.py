@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -15,6 +16,7 @@ from spoold.errors import Changed, Refused, SpoolBroken, StillOpen, Vanished
 from spoold.ledger import Known, Ledger
 from spoold.model import Identity, Oddity, Snapshot, SpooledFile, State, Verdict, fingerprint
 from spoold.spool import Spool, is_open_for_writing
+from spoold.steps import Steps, Write
 
 log = structlog.get_logger()
 
@@ -59,17 +61,18 @@ class Looker:
         self._reported: set[str] = set()
         self._reporting = threading.Lock()
 
-    def look(self, record: str) -> Next:
+    def look(self, record: str) -> Steps[Next]:
         """Look at a record, offer what is complete, write down what is not, and say when to look again.
 
         Raises SpoolBroken if the root is gone, and LedgerUnavailable.
         """
-        known = self._ledger.known(self._spool.name, record)
+        name = self._spool.name
+        known = self._ledger.known(name, record)
         snapshot = self._spool.look(record)
         for oddity in snapshot.oddities:
             self.report(oddity)
         if known.is_elsewhere and snapshot.files:
-            self._ledger.met(self._spool.name, record)
+            yield Write(partial(self._ledger.met, name, record))
         if all(known.files.get(file.path) == file.identity for file in snapshot.files):
             if snapshot.hides and not snapshot.files:
                 return Next()  # what cannot be looked at is not gone
@@ -79,7 +82,7 @@ class Looker:
                 return Next(_LOOK_AGAIN_S)  # this is another directory, and the watcher is about to find out
             unfinished = known.state in (State.PENDING, State.DEAD)
             if known.sighted in ("receiving", "stalled") or (unfinished and not snapshot.files):
-                self._ledger.nothing_waits(self._spool.name, record, is_empty=not snapshot.files)
+                yield Write(partial(self._ledger.nothing_waits, name, record, is_empty=not snapshot.files))
             return Next()
         judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
         files_of = by_basename(snapshot)
@@ -99,10 +102,15 @@ class Looker:
             deciders = {str(verdict.decided_by) for verdict in verdicts if verdict.basename in chosen}
             decided_by = "refused" if chosen == refused else ",".join(sorted(deciders))
             if known.sighted in (None, "gone"):  # what is new is told first, also where nothing has to be waited for
-                self._ledger.see(self._spool.name, snapshot, files, state="receiving", reason="it is complete")
-            if self._ledger.offer(self._spool.name, snapshot, files, decided_by=decided_by, is_all=not waiting):
+                see = partial(self._ledger.see, name, snapshot, files, state="receiving", reason="it is complete")
+                yield Write(see)
+            offer = partial(self._ledger.offer, name, snapshot, files, decided_by=decided_by, is_all=not waiting)
+            if (yield Write(offer)):
                 self._on_offer()
-        return self._wait_for(snapshot, waiting, files_of) if waiting else Next()
+        if not waiting:
+            return Next()
+        again: Next = yield from self._wait_for(snapshot, waiting, files_of)
+        return again
 
     def report(self, oddity: Oddity) -> None:
         """Say once that a path is none of our business, and why."""
@@ -120,7 +128,9 @@ class Looker:
             if file.basename in chosen or (known.files.get(file.path) == file.identity and not self._spool.refusal(file))
         ]  # fmt: skip
 
-    def _wait_for(self, snapshot: Snapshot, waiting: list[Verdict], files_of: dict[str, list[SpooledFile]]) -> Next:
+    def _wait_for(
+        self, snapshot: Snapshot, waiting: list[Verdict], files_of: dict[str, list[SpooledFile]]
+    ) -> Steps[Next]:  # fmt: skip
         files = [file for verdict in waiting for file in files_of[verdict.basename]]
         everything = snapshot.files if snapshot.marker is None else (*snapshot.files, snapshot.marker)
         age_s = min(self._ages.age_s(file.identity) for file in everything)
@@ -128,10 +138,11 @@ class Looker:
         is_settling = any(verdict.vetoed_by == "quiet" for verdict in waiting)
         # How long it has been quiet changes with every look: no news for the ledger.
         reasons = reasons_of(verdict for verdict in waiting if verdict.vetoed_by != "quiet")
-        self._ledger.see(
-            self._spool.name, snapshot, files, state="stalled" if is_stalled else "receiving",
+        see = partial(
+            self._ledger.see, self._spool.name, snapshot, files, state="stalled" if is_stalled else "receiving",
             reason=reasons or "it is still changing",
         )  # fmt: skip
+        yield Write(see)
         if is_settling:
             return Next(max(0.01, self._rules.settle_s - age_s), is_settling=True)
         if any(verdict.vetoed_by for verdict in waiting):

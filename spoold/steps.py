@@ -43,10 +43,10 @@ Steps = Generator[Write | Ask, Any, T]
 class SideBySide:
     """Takes many walks on together, in the thread that calls it.
 
-    together: makes all changes of the ledger in its block durable at its end. pool: where requests are made.
+    together: makes all changes of the ledger in its block durable at its end. pool: where requests are made, if there are any.
     """
 
-    def __init__(self, *, together: Callable[[], AbstractContextManager[None]], pool: Executor) -> None:
+    def __init__(self, *, together: Callable[[], AbstractContextManager[None]], pool: Executor | None = None) -> None:
         self._together = together
         self._pool = pool
 
@@ -65,6 +65,7 @@ class SideBySide:
                 if isinstance(step, Write):
                     writing.append((lane, step))
                 elif isinstance(step, Ask):
+                    assert self._pool is not None, "there are no requests"
                     asking += 1
                     lane.ask(step, self._pool, answered)
             self._write(writing)

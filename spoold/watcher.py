@@ -11,7 +11,7 @@ import heapq
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -23,6 +23,7 @@ from spoold.looker import Looker, Next
 from spoold.model import Oddity
 from spoold.observing import Observing, watches_needed
 from spoold.spool import Spool
+from spoold.steps import SideBySide, Steps
 
 log = structlog.get_logger()
 
@@ -30,6 +31,8 @@ _DEBOUNCE_S = 0.05  # a save's files come within milliseconds: one look sees the
 _DEBOUNCE_AT_MOST_S = 0.5
 _HINTS_A_TURN = 10_000
 _LOOKS_A_TURN = 100
+_SIDE_BY_SIDE = 32  # looks; what they tell the ledger goes into one commit
+_SIDE_BY_SIDE_AT_FIRST = 4  # twice as many each time, while that is quick
 _LOOKING_AT_MOST_S = 0.5  # where the disk is slow, a look can take long; hints, health and sweeps must not wait for many
 _SWEPT_A_TURN = 200
 _PENDING_AT_MOST = 5_000  # a sweep waits while this many records wait for their look
@@ -64,6 +67,8 @@ class Watcher:
         self._on_ready = on_ready
         self._observes = observes
         self._observing = Observing(spool=spool, clock=clock)
+        self._side_by_side = SideBySide(together=ledger.together)
+        self._looks_at_once = _SIDE_BY_SIDE_AT_FIRST
         self._touched: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._due: dict[str, float] = {}  # record → when to look, monotonic seconds
         self._first_touch: dict[str, float] = {}
@@ -175,24 +180,54 @@ class Watcher:
     # Looks
 
     def _look_at_due(self) -> None:
-        now = self._clock.monotonic()
-        for _ in range(_LOOKS_A_TURN):
-            if not self._order or self._order[0][0] > now or self._clock.monotonic() - now > _LOOKING_AT_MOST_S:
+        began = self._clock.monotonic()
+        left = _LOOKS_A_TURN
+        while left > 0:
+            records = self._next_due(began, at_most=min(left, self._looks_at_once))
+            if not records:
                 return
+            left -= len(records)
+            before = self._clock.monotonic()
+            ends = self._side_by_side.run([self._look(record) for record in records])
+            now = self._clock.monotonic()
+            is_slow = now - before > _LOOKING_AT_MOST_S / 4
+            self._looks_at_once = max(1, self._looks_at_once // 2) if is_slow else min(_SIDE_BY_SIDE, 2 * self._looks_at_once)
+            self._take_note(began, records, ends)
+            if now - began > _LOOKING_AT_MOST_S:
+                return
+
+    def _next_due(self, now: float, *, at_most: int) -> list[str]:
+        """Take the records out of the order that are to be looked at next."""
+        records: list[str] = []
+        while len(records) < at_most and self._order and self._order[0][0] <= now:
             due, record = heapq.heappop(self._order)
-            if self._due.get(record) != due:
-                continue  # it was touched again, or looked at since
-            try:
-                again = self._looker.look(record)
-            except (SpoolBroken, LedgerUnavailable, OSError):
+            if self._due.get(record) == due and record not in records:  # else it was touched again, or looked at since
+                records.append(record)
+        return records
+
+    def _look(self, record: str) -> Steps[Next | Exception]:
+        """Look at one record; return when to do so again, or the fault that is not the record's own."""
+        try:
+            again: Next = yield from self._looker.look(record)
+            return again
+        except (SpoolBroken, LedgerUnavailable, OSError) as fault:
+            return fault
+        except SpooldError as fault:
+            log.warning("look.failed", spool=self._spool.name, record=record, error=fault.code, detail=str(fault))
+            return Next(_LOOK_AGAIN_S)
+
+    def _take_note(self, now: float, records: list[str], ends: Sequence[Next | Exception]) -> None:
+        faults = []
+        for record, end in zip(records, ends, strict=True):
+            if not isinstance(end, Next):
+                faults.append(end)
                 self._schedule(record, now + 1.0, settling=True)
-                raise
-            except SpooldError as fault:
-                log.warning("look.failed", spool=self._spool.name, record=record, error=fault.code, detail=str(fault))
-                again = Next(_LOOK_AGAIN_S)
+                continue
             self._forget(record)
-            if again.in_s is not None:
-                self._schedule(record, now + again.in_s, settling=again.is_settling)
+            if end.in_s is not None:
+                self._schedule(record, now + end.in_s, settling=end.is_settling)
+        if faults:
+            raise faults[0]
 
     def _forget(self, record: str) -> None:
         self._due.pop(record, None)

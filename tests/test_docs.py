@@ -11,6 +11,7 @@ from click import Command
 
 from spoold import config
 from spoold.cli import cli
+from tests import figures
 from tests.figures import Line, filled, newest, table
 
 ROOT = Path(__file__).parent.parent
@@ -56,13 +57,14 @@ def test_every_path_of_the_paperclip_page_is_accepted(root: str, path: str, rest
     assert settings.spools[0].layout().tail in (1, 2)
 
 
-def test_the_tables_of_the_reliability_page_are_what_was_measured() -> None:
+def test_the_tables_of_the_pages_are_what_was_measured() -> None:
     """Mended by: python -m tests.figures"""
-    page = (ROOT / "docs/reliability.md").read_text()
+    pages = [(ROOT / "docs" / page).read_text() for page in figures.PAGES]
     lines = newest((ROOT / "docs/figures.jsonl").read_text())
 
-    assert filled(page, lines) == page
-    assert {line["what"] for line in lines} == set(re.findall(r"<!-- figures: ([a-z-]+)[ a-z_,]* -->", page))
+    assert [filled(page, lines) for page in pages] == pages
+    named = {kind for page in pages for kind in re.findall(r"<!-- figures: ([a-z-]+)[ a-z_,]* -->", page)}
+    assert {line["what"] for line in lines} == named
     assert all(line.get(name, 0) == 0 for line in lines if line.get("tool", "spoold") == "spoold" for name in ("lost", "half"))
 
 

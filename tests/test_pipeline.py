@@ -25,6 +25,7 @@ from tests.parts import (
     PATH,
     RECORD,
     Bench,
+    alone,
     captured,
     in_a_world,
     told,
@@ -815,9 +816,9 @@ def test_a_directory_that_comes_back_as_it_was_after_its_batch_was_done_is_let_g
     puts = len(proxy.requests("PUT"))
 
     looker = bench.looker()
-    looker.look(RECORD)
+    alone(looker.look(RECORD))
     bench.clock.advance(5)
-    looker.look(RECORD)
+    alone(looker.look(RECORD))
     walk_on(bench, pipeline)
 
     assert ("done", "done") == (while_away, bench.state())

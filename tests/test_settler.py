@@ -11,7 +11,7 @@ import pytest
 from spoold import uploader
 from spoold.pipeline import Pipeline
 from spoold.settler import Settler
-from tests.parts import BUCKET, LEASE_S, NAME, RECORD, Bench, walked
+from tests.parts import BUCKET, LEASE_S, NAME, RECORD, Bench, alone, walked
 from tests.proxy import Answer, FaultProxy, Hold, error_body
 from tests.servers import RcloneServer
 
@@ -85,7 +85,7 @@ def taken_back(bench: Bench, pipeline: Pipeline) -> None:
     for path in SECOND:
         (bench.spool.root / path).unlink()
     rested(bench, pipeline)
-    bench.looker().look(RECORD)
+    alone(bench.looker().look(RECORD))
 
 
 def told(bench: Bench) -> dict[str, tuple[int, str]]:

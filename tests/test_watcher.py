@@ -16,6 +16,7 @@ import pytest
 from spoold.errors import LedgerUnavailable, SpoolBroken, SpooldError, StoreUnavailable
 from spoold.looker import Looker, Next
 from spoold.model import HOUSE
+from spoold.steps import Steps
 from spoold.watcher import Watcher
 from tests.hostile import deep_tree
 from tests.nth import Fail, Hand, refuses
@@ -586,9 +587,10 @@ def test_slow_looks_do_not_hold_up_hints_and_health(bench: Bench) -> None:
 class Slow(Looker):
     """A looker on a slow disk."""
 
-    def look(self, record: str) -> Next:
+    def look(self, record: str) -> Steps[Next]:
         threading.Event().wait(0.05)
         return Next()
+        yield  # so that it is one
 
 
 def test_a_house_that_somebody_tidied_away_is_made_again(watch: Watch) -> None:

@@ -54,7 +54,7 @@ class Statement:
 
     def text(self, dialect: Dialect, parameters: Parameters) -> _Text:
         """Return how the driver wants it for parameters of these names, and lists of these lengths."""
-        shape = (dialect.name, *parameters)
+        shape: tuple[Any, ...] = (dialect.name, *parameters)
         if self._lists:
             shape += tuple(len(parameters[name]) for name in self._lists if name in parameters)
         text = self._texts.get(shape)
