@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,28 +144,38 @@ def run_of(command: Command, scratch: Path) -> Run:
     """Have a contestant move all files, and see that it did."""
     root = scratch / "spool"
     content = save(root)
-    with MemoryServer(scratch / "s3") as server:
+    with MemoryServer(scratch / "s3") as server, tempfile.TemporaryFile() as said:
         server.create_bucket(BUCKET)
         arguments, environment = command(root, server.endpoint_url, scratch)
         began = time.monotonic()
         process = subprocess.Popen(
             arguments, cwd=ROOT, env=os.environ | server.environment() | environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=said,
         )  # fmt: skip
-        assert process.stderr is not None
-        with process.stderr:
-            said = process.stderr.read()
+        rss_bytes = most_memory(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
-        assert 0 == process.returncode, said.decode()[-2000:]
+        said.seek(0)
+        assert 0 == process.returncode, said.read().decode()[-2000:]
         listed = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         found = {entry["Key"]: entry["Size"] for page in listed for entry in page.get("Contents", ())}
     assert {path: len(body) for path, body in content.items()} == {
         key: size for key, size in found.items() if not key.endswith(".spoold-probe")
     }  # fmt: skip
     assert not any(path.is_file() for path in root.rglob("*/original/*"))
-    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, rss_bytes)
+
+
+def most_memory(pid: int) -> int:
+    """Wait for a child to end, and return the most memory that it had, in bytes; ru_maxrss has that of its parent in it."""
+    most = 0
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        status = Path(f"/proc/{pid}/status").read_text()
+        if "VmHWM:" in status:
+            most = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        time.sleep(0.02)
+    return most
 
 
 def save(root: Path) -> dict[str, bytes]:
