@@ -7,32 +7,35 @@ redirects, clocks, proxies and a server's odd answers, and says what is wrong.
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
 from spoold import __version__
-from spoold.model import Digests, Headers
 from spoold.sigv4 import Secrets, Signer
 from spoold.wire import Answer, End, Origin, Wire
 
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/,]+(?:/[^/,]+)*?/[0-9]{8}/([^/,]+)/(s3)/aws4_request, ")
 _PLAIN = re.compile(r"[!-~]+(?: [!-~]+)*")
-_CHECKSUM_HEADER = {name: f"x-amz-checksum-{name}" for name in ("crc32", "crc32c", "crc64nvme", "sha256")}
 _AGENT = f"spoold/{__version__}"
-_ANSWERED = {
-    "ETag": "etag",
-    "VersionId": "x-amz-version-id",
-    "ServerSideEncryption": "x-amz-server-side-encryption",
-    "SSECustomerAlgorithm": "x-amz-server-side-encryption-customer-algorithm",
-    "ChecksumType": "x-amz-checksum-type",
+_HEADER = {  # what botocore calls it → the header that says it
+    "ACL": "x-amz-acl",
+    "CacheControl": "cache-control",
     "ChecksumCRC32": "x-amz-checksum-crc32",
     "ChecksumCRC32C": "x-amz-checksum-crc32c",
     "ChecksumCRC64NVME": "x-amz-checksum-crc64nvme",
     "ChecksumSHA256": "x-amz-checksum-sha256",
+    "ChecksumType": "x-amz-checksum-type",
+    "ContentMD5": "content-md5",
+    "ContentType": "content-type",
+    "ETag": "etag",
+    "SSECustomerAlgorithm": "x-amz-server-side-encryption-customer-algorithm",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "StorageClass": "x-amz-storage-class",
+    "Tagging": "x-amz-tagging",
+    "VersionId": "x-amz-version-id",
 }
 
 
@@ -80,20 +83,20 @@ class FastPut:
         return bucket in self._addresses
 
     def put(
-        self, bucket: str, key: str, body: bytes, headers: Headers, digests: Digests, secrets: Secrets, *, now: float,
-        done: Callable[[End], None],
+        self, bucket: str, key: str, body: bytes, said: Mapping[str, Any], payload_sha256: str, secrets: Secrets, *,
+        now: float, done: Callable[[End], None],
     ) -> bool:  # fmt: skip
         """Send it, and call `done` with what came of it; False, and nothing is done, if it does not go this way.
 
-        now: seconds since the epoch.
+        said: what goes with it, by botocore's names. now: seconds since the epoch.
         """
         address = self._addresses.get(bucket)
-        kept = _kept_with_it(headers)
-        if address is None or not all(map(_PLAIN.fullmatch, kept.values())):
+        headers = _headers(said)
+        if address is None or not all(map(_PLAIN.fullmatch, headers.values())):
             return False
         path = address.path + _encoded(key)
-        said = {"host": address.host, "user-agent": _AGENT, **kept, **_to_be_verified(digests)}
-        signed = address.signer.sign(secrets, "PUT", path, said, digests.sha256, now)
+        headers = {"host": address.host, "user-agent": _AGENT, **headers}
+        signed = address.signer.sign(secrets, "PUT", path, headers, payload_sha256, now)
         lines = "".join(f"{name}: {value}\r\n" for name, value in signed.items())
         head = f"PUT {path} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\n\r\n"
         self._wire.send(address.origin, head.encode("latin-1") + body, done)
@@ -103,31 +106,15 @@ class FastPut:
         self._wire.close()
 
 
-def in_botocores_words(answer: Answer) -> dict[str, Any]:
-    """Return what a 200 says as botocore would: what is not said is not there."""
-    return {name: answer.headers[header] for name, header in _ANSWERED.items() if header in answer.headers}
+def in_botocores_words(answer: Answer) -> dict[str, str]:
+    """Return what an answer says by botocore's names: what is not said is not there."""
+    return {name: answer.headers[header] for name, header in _HEADER.items() if header in answer.headers}
+
+
+def _headers(said: Mapping[str, Any]) -> dict[str, str]:
+    headers = {_HEADER[name]: value for name, value in said.items() if name != "Metadata"}
+    return headers | {f"x-amz-meta-{name.lower()}": value for name, value in said.get("Metadata", {}).items()}
 
 
 def _encoded(key: str) -> str:
     return quote(key, safe="/~")
-
-
-def _kept_with_it(headers: Headers) -> dict[str, str]:
-    fields = {
-        "content-type": headers.content_type,
-        "x-amz-acl": headers.acl,
-        "cache-control": headers.cache_control,
-        "x-amz-storage-class": headers.storage_class,
-        "x-amz-server-side-encryption": headers.server_side_encryption,
-        "x-amz-tagging": urlencode(headers.tags, quote_via=quote),
-        **{f"x-amz-meta-{name.lower()}": value for name, value in headers.metadata},
-    }
-    return {name: value for name, value in fields.items() if value}
-
-
-def _to_be_verified(digests: Digests) -> dict[str, str]:
-    """Return the one digest that the server shall verify: R2 refuses two, and old servers know but MD5."""
-    header = _CHECKSUM_HEADER.get(digests.checksum_algorithm)
-    if header is not None:
-        return {header: digests.checksum}
-    return {"content-md5": base64.b64encode(bytes.fromhex(digests.md5)).decode("ascii")}

@@ -147,7 +147,8 @@ class Store:
         except Exception:  # they are to be renewed, and a helper or a role may raise anything: `put` says what
             return False
         secrets = Secrets(frozen.access_key, frozen.secret_key, frozen.token)
-        return fast.put(bucket, key, body, headers, digests, secrets, now=now, done=ended)
+        said = {**_kept_with_it(headers), **_to_be_verified(digests)}
+        return fast.put(bucket, key, body, said, digests.sha256, secrets, now=now, done=ended)
 
     def _judged(
         self, fast: FastPut, bucket: str, key: str, headers: Headers, digests: Digests, end: End

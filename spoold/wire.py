@@ -110,9 +110,12 @@ class Wire:
             origin, request = self._given.popleft()
             pool = self._pools.get(origin)
             if pool is None:
-                pool = self._pools[origin] = _Pool(
-                    origin, self._connections, self._connect_timeout_s, self._read_timeout_s, self._tls
-                )
+                try:
+                    pool = _Pool(origin, self._connections, self._connect_timeout_s, self._read_timeout_s, self._tls)
+                except Exception as error:  # no such CA bundle, no such profile: whatever `tls` may raise
+                    request.done(Unanswered(f"{type(error).__name__}: {error}", was_sent=False))
+                    continue
+                self._pools[origin] = pool
             pool.take(request)
 
     def _end(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -159,7 +162,7 @@ class _Pool:
                 _, connection = await self.loop.create_connection(
                     lambda: _Connection(self), self._origin.host, self._origin.port, ssl=self._context
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, ValueError) as error:  # a name that is no host's is a ValueError
             if not self._open:  # else those that are open serve all who wait
                 self._refuse_waiting(f"connect: {error or type(error).__name__}")
             return

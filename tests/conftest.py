@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from spoold import uploader
 from tests import figures, nursery
 from tests.paperclip import App
+from tests.parts import BUCKET, Bench
+from tests.proxy import FaultProxy
 from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, MotoServer, RcloneServer, StrictServer
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -86,6 +89,27 @@ def rclone_server(tmp_path: Path) -> Iterator[RcloneServer]:
     """An rclone of the test's own, over `tmp_path/s3`."""
     with RcloneServer(tmp_path / "s3") as server:
         yield server
+
+
+@pytest.fixture
+def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
+    """A fault proxy before rclone, which has the bucket of a bench."""
+    rclone_server.create_bucket(BUCKET)
+    with FaultProxy(rclone_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def real(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
+    """A bench whose store is a real one, behind the proxy."""
+    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
+        yield bench
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one attempt to upload tries to outlast: tests have no eight seconds."""
+    monkeypatch.setattr(uploader, "_PERSISTENCE_S", 0.01)
 
 
 @pytest.fixture(scope="session")

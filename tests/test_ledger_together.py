@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import sqlalchemy
 from spoold.errors import LedgerUnavailable
 from spoold.ledger import Ledger
 from spoold.ledger.schema import about
-from tests.nth import Fail, Hand, ledger_says
+from tests.nth import Fail, Hand, Op, ledger_says
 from tests.parts import Bench, captured, told
 
 
@@ -69,6 +69,27 @@ def test_one_that_fails_takes_no_other_with_it(bench: Bench) -> None:
         note(bench.ledger, "c")
 
     assert ["a", "c"] == noted(bench) == [line["path"] for line in told(lines, "noted")]
+
+
+def is_release(op: Op) -> bool:
+    return op.name.startswith("RELEASE")
+
+
+@pytest.mark.parametrize("fails", [is_release, lambda op: op.name.startswith("INSERT INTO history")], ids=["end", "middle"])
+def test_one_that_the_database_does_not_take_is_trouble_though_the_others_stand(
+    bench: Bench, fails: Callable[[Op], bool]
+) -> None:
+    """Nothing is let go on a ledger that did not take all of it, and what its verb said has failed is not there."""
+    bench.ledger.close()  # connections that are made from now on are in the hand
+    with Hand(Fail("ledger", 2, ledger_says("disk I/O error"), moment="before", only=fails)), bench.ledger.together():
+        note(bench.ledger, "a")
+        with pytest.raises(LedgerUnavailable, match="disk I/O error"):
+            note(bench.ledger, "b")
+        note(bench.ledger, "c")
+
+    assert ["a", "c"] == noted(bench)
+    with pytest.raises(LedgerUnavailable, match="disk I/O error"):
+        bench.ledger.demand_certain()
 
 
 def test_the_first_may_fail(bench: Bench) -> None:

@@ -6,14 +6,13 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from spoold import uploader
 from spoold.errors import LedgerUnavailable, ObjectRefused, SpoolBroken, SpooldError, StoreDenied, StoreUnavailable
 from spoold.model import Claim, Headers, Outcome
 from spoold.pipeline import Pipeline
@@ -44,24 +43,12 @@ DENIED = Reply(403, error_body("AccessDenied"))
 BUSY = Reply(503, error_body("SlowDown"))
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one attempt tries to outlast: tests have no eight seconds."""
-    monkeypatch.setattr(uploader, "_PERSISTENCE_S", 0.01)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
-def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
-    rclone_server.create_bucket(BUCKET)
-    with FaultProxy(rclone_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def bench(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
-    """A bench whose store is a real one, behind the proxy."""
-    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
-        yield bench
+def bench(real: Bench) -> Bench:
+    return real
 
 
 def offered(bench: Bench, files: dict[str, bytes] = CAT, record: str = RECORD) -> Claim:
@@ -191,7 +178,7 @@ def test_what_failed_waits_longer_each_time(bench: Bench, proxy: FaultProxy) -> 
         with captured() as lines:
             walked(pipeline, bench.claimed())
         waits.append(told(lines, "batch.deferred")[0]["due_in_s"])
-        bench.clock.advance(waits[-1])
+        bench.clock.advance(waits[-1] + 0.001)  # it is told in whole milliseconds
 
     expected = [min(300.0, 2.0**number) for number in range(11)]
     assert all(0.8 * wanted <= wait <= 1.2 * wanted for wanted, wait in zip(expected, waits, strict=True)), waits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +18,8 @@ DOUBT_S = 900.0
 
 
 @pytest.fixture
-def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
-    rclone_server.create_bucket(BUCKET)
-    with FaultProxy(rclone_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def bench(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
-    """A bench whose store is a real one, behind the proxy."""
-    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
-        yield bench
+def bench(real: Bench) -> Bench:
+    return real
 
 
 def walk(bench: Bench, record: str = RECORD, **rules: Any) -> Outcome:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from spoold import uploader
 from spoold.pipeline import Pipeline
 from spoold.settler import Settler
 from tests.parts import BUCKET, LEASE_S, NAME, RECORD, Bench, alone, walked
@@ -22,23 +19,12 @@ SECOND = {ORIGINAL: b"another cat", THUMB: b"other"}
 BROKEN = Answer(500, error_body("InternalError"))
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one attempt tries to outlast: tests have no eight seconds."""
-    monkeypatch.setattr(uploader, "_PERSISTENCE_S", 0.01)
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.fixture
-def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
-    rclone_server.create_bucket(BUCKET)
-    with FaultProxy(rclone_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def bench(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
-    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
-        yield bench
+def bench(real: Bench) -> Bench:
+    return real
 
 
 @pytest.fixture

@@ -49,20 +49,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield bench
 
 
-@pytest.fixture
-def proxy(rclone_server: RcloneServer) -> Iterator[FaultProxy]:
-    rclone_server.create_bucket(BUCKET)
-    with FaultProxy(rclone_server.endpoint_url) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def real(tmp_path: Path, proxy: FaultProxy) -> Iterator[Bench]:
-    """A bench whose store is a real one, behind the proxy."""
-    with Bench(tmp_path, endpoint_url=proxy.endpoint_url) as bench:
-        yield bench
-
-
 def batch_of(bench: Bench, files: dict[str, bytes]) -> Batch:
     for path, content in files.items():
         bench.write(f"{RECORD}/{path}", content)

@@ -230,3 +230,25 @@ def test_certificates_are_verified(wire: Wire, serve: Callable[..., Server]) -> 
     [end] = sent(wire, Origin("127.0.0.1", server.origin.port, is_tls=True), message())
 
     assert isinstance(end, Unanswered) and not end.was_sent
+
+
+def test_where_there_is_no_telling_whom_to_trust_nothing_is_sent() -> None:
+    """A CA bundle that is not there: the request must not wait for ever, nor those after it."""
+
+    def no_bundle() -> ssl.SSLContext:
+        raise FileNotFoundError("/etc/ssl/ours.pem")
+
+    wire = Wire(connections=1, connect_timeout_s=5, read_timeout_s=5, tls=no_bundle)
+    try:
+        ends = sent(wire, Origin("127.0.0.1", 9, is_tls=True), message(), message())
+    finally:
+        wire.close()
+
+    assert [False, False] == [end.was_sent for end in ends if isinstance(end, Unanswered)]
+    assert "FileNotFoundError: /etc/ssl/ours.pem" in str(ends[0])
+
+
+def test_a_name_that_can_be_no_hosts_is_nobody(wire: Wire) -> None:
+    [end] = sent(wire, Origin("a" * 64 + ".example", 80, is_tls=False), message())
+
+    assert isinstance(end, Unanswered) and not end.was_sent

@@ -105,12 +105,12 @@ class _Group:
         try:
             yield change
             change.write_history()
+            if is_marked:
+                self.session.mark("RELEASE part")
         except BaseException:
             if is_marked and self.session.is_in_transaction:
                 self.session.mark("ROLLBACK TO part")
             raise
-        if is_marked:
-            self.session.mark("RELEASE part")
         self.changes.append(change)
 
     def demand_standing(self) -> None:
@@ -177,8 +177,12 @@ class Database:
         """
         if self._together_in == threading.get_ident():
             assert self._group is not None, "it was begun"
-            with self._translated(), self._group.part(self._clock.now(), may_be_first=False) as change:
-                yield change
+            try:
+                with self._translated(), self._group.part(self._clock.now(), may_be_first=False) as change:
+                    yield change
+            except LedgerUnavailable as fault:  # the others stand, but nothing is let go on a ledger that did not take all
+                self._tell_trouble(fault)
+                raise
             return
         with self._turn():
             try:
