@@ -1325,6 +1325,43 @@ def test_rule_3_an_original_with_fewer_styles_replaces_the_styles_it_lacks_only_
     assert CAT_KEYS == set(bench.objects())
 
 
+def stored_alone(bench: Bench, *paths: str) -> None:
+    """Have only these of a record's files offered and stored, as if the others could not be seen at this moment."""
+    snapshot = bench.spool.look(RECORD)
+    files = [file for file in snapshot.files if file.path in {f"{RECORD}/{path}" for path in paths}]
+    bench.ledger.offer(NAME, dataclasses.replace(snapshot, files=tuple(files)), files, decided_by="quiet", is_all=True)
+    done(bench, bench.stored(bench.claimed()))
+
+
+@pytest.mark.parametrize("name", ["cat", "dog"])
+def test_rule_7_a_style_that_came_before_its_original_is_not_replaced_by_it(bench: Bench, name: str) -> None:
+    """A directory that cannot be read for a moment hides the original: the styles go up first."""
+    done(bench, bench.batch_stored({**CAT, "medium/cat.jpg": b"a large cat"}))
+    for path in (*CAT, "medium/cat.jpg"):
+        (bench.root / RECORD / path).unlink()
+    write(bench, {f"original/{name}.jpg": b"a new one", f"thumb/{name}.jpg": b"new"})
+
+    stored_alone(bench, f"thumb/{name}.jpg")
+    stored_alone(bench, f"original/{name}.jpg")
+    bench.clock.advance(2 * DAY_S)
+
+    new = {f"{RECORD}/original/{name}.jpg", f"{RECORD}/thumb/{name}.jpg"}
+    assert new == set(bench.objects())
+    assert (CAT_KEYS | {f"{RECORD}/medium/cat.jpg"}) - new == due(bench)
+
+
+def test_rule_7_a_first_original_that_comes_late_replaces_nothing(bench: Bench) -> None:
+    """Nothing that is there was made of an original before it."""
+    done(bench, bench.batch_stored({"thumb/cat.jpg": b"cat"}))
+    (bench.root / RECORD / "thumb/cat.jpg").unlink()
+
+    done(bench, bench.batch_stored({"original/cat.jpg": b"a cat"}))
+    bench.clock.advance(2 * DAY_S)
+
+    assert set() == due(bench)
+    assert CAT_KEYS == set(bench.objects())
+
+
 def test_rule_7_nothing_is_replaced_where_the_configuration_keeps_it(bench: Bench) -> None:
     done(bench, bench.batch_stored(CAT))
     for path in CAT:

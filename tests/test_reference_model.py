@@ -462,7 +462,8 @@ def takes_absence_for_deletion(patch: pytest.MonkeyPatch, play: Play) -> None:
     def done_for(self: Ledger, mine: Claim, dirs_due_at: float | None) -> None:
         done(self, mine, dirs_due_at)
         with self.write() as change:
-            self._replace_others(change, replace(mine, batch=replace(mine.batch, id=0)), change.now)
+            live = {(row["bucket"], row["key"]) for row in self.record_objects(mine.batch.record, spool=mine.batch.spool)}
+            self._replace(change, mine, live, due_at=change.now)
 
     patch.setattr(Ledger, "done", done_for)
     upload(play)

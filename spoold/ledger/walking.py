@@ -198,12 +198,15 @@ class Walking(Claiming):
         self._answered(change, results)
         before = {place: rows[0] for place, rows in _by_key(change, _OBJECTS_AT, [r.put for r in results]).items()}
         originals = [r.put for r in results if r.put.file.file.style == ORIGINAL and not r.was_there]
-        has_new_original = any(
-            (was := before.get((put.bucket, put.key))) is None or was.digest != put.digests.sha256 for put in originals
-        )
+        new_originals = [
+            put for put in originals
+            if (was := before.get((put.bucket, put.key))) is None or was.digest != put.digests.sha256
+        ]  # fmt: skip
         self._live(change, mine, results, before)
-        if has_new_original and replaced_after_s is not None:
-            self._replace_others(change, mine, change.now + replaced_after_s)
+        if new_originals and replaced_after_s is not None:
+            overwritten = {put.file.file.basename for put in new_originals if (put.bucket, put.key) in before}
+            others = self._replaced_by(change, mine, new_originals, overwritten)
+            self._replace(change, mine, others, due_at=change.now + replaced_after_s)
         values = {
             "state": State.STORED, "stored_at": change.at, "stored_moment": change.now, "crashes": 0,
             "due_at": change.now, "waiting_for": "", **_NOTHING_WRONG,
@@ -242,14 +245,28 @@ class Walking(Claiming):
         change.execute(_NOT_REPLACED, keys)
         change.execute(_FORGET_OLDER, keys)
 
-    def _replace_others(self, change: Transaction, mine: Claim, due_at: float) -> None:
-        """A newer original took its place: the record's other keys go, also those that an abandoned version may have left.
+    def _replaced_by(
+        self, change: Transaction, mine: Claim, new_originals: Sequence[Put], overwritten: set[str]
+    ) -> set[tuple[str, str]]:
+        """Return bucket and key of what new originals replaced: all else of the record, also what an abandoned version left.
 
+        But not what was made of none of the originals before, or written after the new one: its style may have come first,
+        where the original could not be seen for a moment. overwritten: basenames of originals that it took the key of.
         What was only found in the bucket leaves the manifest, but stays: nobody knows who uploaded it.
         """
         asked = {"of_record": mine.batch.record_key, "of_batch": mine.batch.id}
         change.execute(_FORGET_FOUND, asked)
-        others = {*change.execute(_OTHERS_LIVE, asked), *change.execute(_OTHERS_WRITTEN, asked)}
+        live = change.execute(_OTHERS_LIVE, asked)
+        older = overwritten | {row.basename for row in live if row.style == ORIGINAL}
+        since_ns = min(put.file.file.identity.ctime_ns for put in new_originals)
+        stay = {
+            (row.bucket, row.key) for row in live
+            if row.style != ORIGINAL and (row.basename not in older or (row.ctime_ns or 0) > since_ns)
+        }  # fmt: skip
+        return {(row.bucket, row.key) for row in (*live, *change.execute(_OTHERS_WRITTEN, asked))} - stay
+
+    def _replace(self, change: Transaction, mine: Claim, others: Collection[tuple[str, str]], *, due_at: float) -> None:
+        """Have these keys of the record deleted when it is time."""
         keys = [{"of_bucket": bucket, "of_key": key} for bucket, key in others]
         change.execute(_NOT_LIVE, keys)
         change.execute(_NOT_REPLACED, keys)
@@ -432,7 +449,11 @@ _NOT_REPLACED = Statement(
 _MINE_KEYS = select(batch_file.c.key).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.key.is_not(None))
 _OTHERS = and_(object_.c.record_key == bindparam("of_record"), object_.c.key.not_in(_MINE_KEYS))
 _FORGET_FOUND = Statement(delete(object_).where(_OTHERS, object_.c.batch_id == FOUND))
-_OTHERS_LIVE = Statement(select(object_.c.bucket, object_.c.key).where(_OTHERS))
+_OTHERS_LIVE = Statement(
+    select(object_.c.bucket, object_.c.key, object_.c.style, object_.c.basename, batch_file.c.ctime_ns)
+    .outerjoin(batch_file, and_(batch_file.c.batch_id == object_.c.batch_id, batch_file.c.key == object_.c.key))
+    .where(_OTHERS)
+)
 _OTHERS_WRITTEN = Statement(
     select(intent.c.bucket, intent.c.key).where(
         intent.c.record_key == bindparam("of_record"),
