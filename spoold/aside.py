@@ -7,19 +7,20 @@ goes for good, is cleanup's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from urllib.parse import quote, unquote
 
-from spoold.digest import Digester
 from spoold.errors import Changed, Refused, SpooldError, StillOpen, Vanished
 from spoold.model import HOUSE, BatchFile, Identity
 from spoold.renames import rename_noreplace
 from spoold.spool import ASIDE, KEPT, Spool, is_open_for_writing, open_regular, shut
 
 _CHUNK_BYTES = 1 << 20
+_ASIDE = f"{HOUSE}/{ASIDE}"
 
 
 class AsideDirectory:
@@ -28,11 +29,13 @@ class AsideDirectory:
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
 
-    @contextlib.contextmanager
-    def directory(self) -> Iterator[int]:
+    def directory(self) -> AbstractContextManager[int]:
         """Yield a descriptor of it."""
-        with self._spool.directory(f"{HOUSE}/{ASIDE}") as fd:
-            yield fd
+        return self._spool.directory(_ASIDE)
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """Keep it open in the block, as `Spool.at_hand` does."""
+        return self._spool.at_hand(_ASIDE)
 
     def names(self) -> list[str]:
         """Return what lies in it, in order."""
@@ -154,8 +157,8 @@ def _is_written(fd: int, trusts: bool) -> str | None:
 
 
 def _sha256(fd: int) -> str:
-    digester = Digester("none")
+    digest = hashlib.sha256()
     os.lseek(fd, 0, os.SEEK_SET)
     while chunk := os.read(fd, _CHUNK_BYTES):
-        digester.update(chunk)
-    return digester.digests().sha256
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -26,6 +26,7 @@ from spoold.errors import (
     Changed,
     ClaimLost,
     Halt,
+    NoAccess,
     Refused,
     SpoolBroken,
     SpooldError,
@@ -198,29 +199,35 @@ class Cleaner:
     def _set_aside(self, claim: Claim, files: list[BatchFile]) -> Steps[list[Due]]:
         """Rename files out of the app's way and look again; they then wait for their grace."""
         waits, ready, foreign = [], [], []
-        for file in files:
-            identity = self._spool.identity_of(file.file.path)
-            if identity != file.file.identity:
-                foreign.append(file)  # gone, or a newer version: not ours to touch
-            elif (young_s := self._rules.min_age_s - self._ages.age_s(identity)) > 0:
-                waits.append(Due(young_s, "min_age"))
-            elif (writers := self._is_open(file)) is None:
-                foreign.append(file)  # it moved on at this moment
-            elif writers is Writers.SOME:
-                waits.append(Due(_OPEN_AGAIN_S, "open"))
-            else:
-                if writers is Writers.UNKNOWN:  # our own files may have told otherwise: the app's are somebody else's
-                    self.tell_no_leases()
-                if writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
-                    ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
+        with self._spool.at_hand():
+            for file in files:
+                if (young_s := self._rules.min_age_s - self._ages.age_s(file.file.identity)) > 0:
+                    if self._spool.identity_of(file.file.path) == file.file.identity:
+                        waits.append(Due(young_s, "min_age"))
+                    else:
+                        foreign.append(file)
+                elif (writers := self._is_open(file)) is None:
+                    foreign.append(file)  # gone, or a newer version: not ours to touch
+                elif writers is Writers.SOME:
+                    waits.append(Due(_OPEN_AGAIN_S, "open"))
+                else:
+                    if writers is Writers.UNKNOWN:  # our own files may have told otherwise: the app's are somebody else's
+                        self.tell_no_leases()
+                    if writers is Writers.NONE or self._rules.trusts:  # else it stays where it is, and the batch is done
+                        ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
         if foreign:
             yield Write(partial(self._ledger.let_go, claim, foreign, deleted=False))
         if not ready:
             return waits
         self._demand_claim()
         yield Write(partial(self._ledger.set_aside, claim, ready))
-        faults = []
-        for file in ready:
+        with self._aside.at_hand():
+            return waits + self._take_aside(claim, ready)
+
+    def _take_aside(self, claim: Claim, files: list[BatchFile]) -> list[Due]:
+        """Rename files, as the ledger has been told, and look again; return what has to be waited for."""
+        waits, faults = [], []
+        for file in files:
             self._demand_claim()
             try:
                 is_aside = self._aside.take(file)
@@ -265,9 +272,23 @@ class Cleaner:
             return Writers.SOME
         except (Vanished, Changed):
             return None
+        except NoAccess:
+            if self._spool.identity_of(file.file.path) == file.file.identity:
+                raise
+            return None
 
     def _look_last(self, claim: Claim, files: list[BatchFile]) -> Steps[list[Due]]:
         """Where the grace is over: look once more, then unlink. A file of unknown date waits its grace from now."""
+        if not files:
+            return []
+        with self._aside.at_hand():
+            waits, gone = self._unlink(claim, files)
+        if gone:
+            yield Write(partial(self._ledger.let_go, claim, gone, deleted=True))
+        return waits
+
+    def _unlink(self, claim: Claim, files: list[BatchFile]) -> tuple[list[Due], list[BatchFile]]:
+        """Return what has to be waited for, and which files are gone."""
         waits, gone = [], []
         for file in files:
             assert file.aside_name is not None, "it lies aside"
@@ -292,9 +313,7 @@ class Cleaner:
                 # Else it was unlinked before a crash, unknown to the ledger.
             self._aside_since.pop(file.aside_name, None)
             gone.append(file)
-        if gone:
-            yield Write(partial(self._ledger.let_go, claim, gone, deleted=True))
-        return waits
+        return waits, gone
 
     def _give_back_ours(self, claim: Claim, file: BatchFile, reason: str) -> Due | None:
         """Give back a file of a batch that is being cleared; if its bytes are still those stored, it is tried again later."""
@@ -337,10 +356,11 @@ class Cleaner:
             for parts in (file.file.path.split("/")[:-1] for file in claim.batch.files)
             for depth in range(floor + 1, len(parts) + 1)
         }
-        waits = []
-        for path in sorted(paths, key=lambda path: -path.count("/")):
-            if (wait := self._prune_one(path)) is not None:
-                waits.append(wait)
+        with self._spool.at_hand():
+            waits = [
+                wait for path in sorted(paths, key=lambda path: -path.count("/"))
+                if (wait := self._prune_one(path)) is not None
+            ]  # fmt: skip
         return Due(min(waits), "dirs") if waits else None
 
     def _prune_one(self, path: str) -> float | None:

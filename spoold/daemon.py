@@ -23,6 +23,7 @@ from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.rebuild import Rebuilder, Source
 from spoold.settler import Settler
 from spoold.spool import Spool
+from spoold.steps import Turn
 from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
 from spoold.watcher import Watcher
@@ -61,6 +62,7 @@ class Daemon:
         self._once = once
         self._stop = threading.Event()
         self._work = threading.Condition()
+        self._turn = Turn()
         self._busy = 0
         self._has_lookout = False
         self._is_told_to_stop = False
@@ -97,7 +99,7 @@ class Daemon:
         retry = settings.upload.retry
         self._pipeline = Pipeline(
             ledger=self._ledger, parts={spool.name: self._parts(spool) for spool in settings.spools}, holds=self._holds,
-            retry=Retry(retry.initial, retry.max, retry.give_up_after), clock=self._clock, pool=self._pool,
+            retry=Retry(retry.initial, retry.max, retry.give_up_after), clock=self._clock, pool=self._pool, turn=self._turn,
         )  # fmt: skip
         self._remover = Remover(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
@@ -146,14 +148,14 @@ class Daemon:
             spool=self._spools[spool.name], looker=looker, ledger=self._ledger, clock=self._clock,
             sweep_every_s=spool.sweep_every, move_in=lambda: self._move_in(spool),
             on_broken=lambda fault: self._broken(spool.name, fault), on_mended=lambda: None,
-            on_ready=lambda: self._ready(spool.name), observes=not self._once,
+            on_ready=lambda: self._ready(spool.name), observes=not self._once, turn=self._turn,
         )  # fmt: skip
 
     def _parts(self, spool: config.Spool) -> Parts:
         uploader = Uploader(
             spool=self._spools[spool.name], store=self._store, destination=self._destination(spool),
             budget=self._budget, bandwidth=self._bandwidth, clock=self._clock, stop=self._stop,
-            demand_claim=self._owner.demand,
+            demand_claim=self._owner.demand, turn=self._turn,
         )  # fmt: skip
         return Parts(
             spool=self._spools[spool.name], uploader=uploader, cleaner=self._cleaners[spool.name],

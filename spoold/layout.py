@@ -5,6 +5,7 @@ What the text of a template means, and whether it can be read backwards, is for 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ __all__ = ["DEEPEST", "MAX_KEY_BYTES", "BadTemplate", "Layout", "Place", "id_par
 MAX_KEY_BYTES = 1024
 DEEPEST = 64
 """How many directories deep a file may lie: with :class there would be no end of records in a tree without one."""
+
+
+_REMEMBERED = 1024  # places of paths: each is asked for again and again while its record is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +121,13 @@ class Layout:
         self.needs_fingerprint = "fingerprint" in {*self._key.tokens, *url_tokens} - captured
         self._implied = [token for token in self._path.tokens if token not in self._key.tokens]
         self._repeated = [token for token in captured if token in _closure(captured - {token})]
+        self._parsed = functools.lru_cache(_REMEMBERED)(self._parse)
 
     def parse(self, path: str) -> Place | None:
         """Return what the path of a file below the root says, or None if it does not fit the template."""
+        return self._parsed(path)
+
+    def _parse(self, path: str) -> Place | None:
         match = self._path.regex.fullmatch(path)
         if match is None or _leads_nowhere(path):
             return None

@@ -87,10 +87,11 @@ class Looker:
         judged = verdicts_of(self._spool, self._rules, snapshot, known, age_s=self._ages.age_s)
         files_of = by_basename(snapshot)
         in_doubt = {file.path for file in snapshot.files if may_be_cut(file, known, self._ages)}
-        verdicts = [
-            with_veto(self._spool, self._images, files_of[verdict.basename], verdict, in_doubt=in_doubt, as_is=known.as_is)
-            for verdict in judged
-        ]
+        with self._spool.at_hand():
+            verdicts = [
+                with_veto(self._spool, self._images, files_of[verdict.basename], verdict, in_doubt=in_doubt, as_is=known.as_is)
+                for verdict in judged
+            ]
         chosen = {verdict.basename for verdict in verdicts if verdict.is_complete}
         refused = {verdict.basename for verdict in verdicts if verdict.refused}
         if refused >= {file.basename for file in snapshot.files}:

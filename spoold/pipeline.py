@@ -32,8 +32,10 @@ from spoold.holds import Holds
 from spoold.ledger import Ledger
 from spoold.model import Answer, Claim, Outcome, PutResult, State
 from spoold.spool import Spool, fault_of
-from spoold.steps import SideBySide, Steps, Write
+from spoold.steps import SideBySide, Steps, Turn, Write
 from spoold.uploader import Uploader
+
+_LONG_BYTES = 4 << 20  # hashing more than this would keep others waiting for the turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,11 @@ class Pipeline:
     """Walks claimed batches, in whatever thread calls it."""
 
     def __init__(
-        self, *, ledger: Ledger, parts: dict[str, Parts], holds: Holds, retry: Retry, clock: Clock, pool: Executor
-    ) -> None:
+        self, *, ledger: Ledger, parts: dict[str, Parts], holds: Holds, retry: Retry, clock: Clock, pool: Executor,
+        turn: Turn | None = None,
+    ) -> None:  # fmt: skip
         self._ledger = ledger
-        self._side_by_side = SideBySide(together=ledger.together, pool=pool)
+        self._side_by_side = SideBySide(together=ledger.together, pool=pool, turn=turn)
         self._parts = parts
         self._holds = holds
         self._retry = retry
@@ -80,7 +83,8 @@ class Pipeline:
 
         Where that is LedgerUnavailable the claim is still ours.
         """
-        return self._side_by_side.run([self.walk(claim) for claim in claims])
+        is_long = any(file.file.identity.size > _LONG_BYTES for claim in claims for file in claim.batch.files)
+        return self._side_by_side.run([self.walk(claim) for claim in claims], takes_turns=not is_long)
 
     def walk(self, claim: Claim) -> Steps[Outcome]:
         """Take one claimed batch as far as it will go, and write down how far that was."""

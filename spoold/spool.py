@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import stat
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +32,7 @@ KEPT = "kept"
 CANARY = "canary"
 _OWNER = "owner"
 _LONGEST_MARK = 200
+_REMEMBERED = 1024  # paths that can have a key, or cannot
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "afs")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC  # of whatever it is, without opening that
@@ -41,6 +44,14 @@ _libc = ctypes.CDLL(None)
 _UNREADABLE = "the daemon's user may not read it"
 _MOUNTED = "something else is mounted there"
 _TOO_DEEP = f"it lies more than {DEEPEST} directories deep"
+
+
+class _Own(threading.local):
+    """What each thread keeps open, by path."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+        self.device: int | None = None  # of the root, while it is kept
 
 
 class Spool:
@@ -56,8 +67,33 @@ class Spool:
         self.marker = marker
         self._configured = root
         self.root = Path(os.path.realpath(root))
+        self._own = _Own()
+        self._refusal_of = functools.lru_cache(_REMEMBERED)(self._refuse)
 
     # Directories and files, by descriptor
+
+    @contextlib.contextmanager
+    def at_hand(self, *paths: str) -> Iterator[None]:
+        """Keep the root open in the block, for this thread, and these directories, as far as they are there.
+
+        For many paths at one moment, and no longer: a filesystem with an open directory cannot be unmounted. All that is
+        done with one root is done in one root, whatever takes its place meanwhile. Raises SpoolBroken if it is gone.
+        """
+        kept, mine = self._own.kept, []
+        try:
+            for path in ("", *paths):
+                if path not in kept:
+                    with contextlib.suppress(*((SpooldError,) if path else ())):
+                        kept[path] = self._descend(path)
+                        mine.append(path)
+            if "" in mine:
+                self._own.device = None
+                with contextlib.suppress(OSError):
+                    self._own.device = os.fstat(kept[""]).st_dev
+            yield
+        finally:
+            for path in reversed(mine):
+                shut(kept.pop(path))
 
     @contextlib.contextmanager
     def directory(self, path: str) -> Iterator[int]:
@@ -66,6 +102,10 @@ class Spool:
         Raises Vanished if it is not there, or is no directory any more, or is a link or a mount; SpoolBroken if the root
         is gone or the disk fails.
         """
+        kept = self._own.kept.get(path)
+        if kept is not None:
+            yield kept
+            return
         fd = self._descend(path)
         try:
             yield fd
@@ -73,19 +113,26 @@ class Spool:
             shut(fd)
 
     def _descend(self, path: str) -> int:
-        if ".." in path.split("/"):
-            raise Vanished(f"open {path}: it leads out of the spool")
-        root = self._open_root()
         if not path:
-            return root
+            return self._open_root()
         try:
-            return open_inside(root, path, _DIRECTORY)
+            return self._open_below(path, _DIRECTORY)
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise Vanished(f"open {path}: {_MOUNTED}") from error
             raise fault_of(error, "open", path) from error
+
+    def _open_below(self, path: str, flags: int) -> int:
+        """Open what has this path below the root. Raises OSError as `open_inside` does, Vanished, SpoolBroken."""
+        if ".." in path.split("/"):
+            raise Vanished(f"open {path}: it leads out of the spool")
+        kept = self._own.kept.get("")
+        root = self._open_root() if kept is None else kept
+        try:
+            return open_inside(root, path, flags, device=None if kept is None else self._own.device)
         finally:
-            shut(root)
+            if kept is None:
+                shut(root)
 
     def follow(self) -> None:
         """Find out anew where the root leads to, if it is a link: a deployment may have given it another target."""
@@ -94,7 +141,7 @@ class Spool:
             self.root = root
 
     def root_identity(self) -> tuple[int, int]:
-        """Return (st_dev, st_ino) of the root. Raises SpoolBroken if it is gone."""
+        """Return (st_dev, st_ino) of the root now. Raises SpoolBroken if it is gone."""
         fd = self._open_root()
         try:
             status = os.fstat(fd)
@@ -121,15 +168,19 @@ class Spool:
 
         Raises Vanished if the name is gone and Changed if it is another file now or was written since.
         """
-        parent, name = os.path.split(file.path)
-        with self.directory(parent) as directory:
-            fd = open_regular(directory, name, file.path)
+        fd = self.open(file)
         try:
-            if Identity.of(os.fstat(fd)) != file.identity:
-                raise Changed(f"open {file.path}: it is not what was looked at")
             yield fd
         finally:
             shut(fd)
+
+    def open(self, file: SpooledFile) -> int:
+        """Return the descriptor that `opened` yields, for the caller to shut."""
+        try:
+            named = self._open_below(file.path, _NAME)
+        except OSError as error:
+            raise _fault_of_opening(error, file.path) from error
+        return _reopened(named, file.path, file.identity)
 
     def identity_of(self, path: str) -> Identity | None:
         """Return the identity of the regular file at `path` now; None if there is none."""
@@ -150,16 +201,6 @@ class Spool:
                 return os.fstat(fd).st_ino
         except (Vanished, BadPath):
             return None
-
-    def write_out(self, files: Iterable[SpooledFile]) -> None:
-        """Have the kernel begin to write out all these files at once, so that the fsync of each finds little left to do.
-
-        A record of three then costs a disk 4.6 flushes instead of 6, on ext4 as on xfs (tests/bench/test_sync_cost.py). It is
-        no promise: what is durable is so by fsync. Raises as `opened`. Source: sync_file_range(2).
-        """
-        for file in files:
-            with self.opened(file) as fd:
-                _libc.sync_file_range(fd, ctypes.c_longlong(0), ctypes.c_longlong(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
     def make_durable(self, directories: set[str]) -> None:
         """fsync the directories and everything above them up to the root, each once (FACTS 16)."""
@@ -311,7 +352,10 @@ class Spool:
 
     def refusal(self, file: SpooledFile) -> str | None:
         """Say why no key can ever be made for this file, or return None."""
-        place = self.layout.parse(file.path)
+        return self._refusal_of(file.path)
+
+    def _refuse(self, path: str) -> str | None:
+        place = self.layout.parse(path)
         if place is None:
             return "it does not fit the spool's layout"
         try:
@@ -498,8 +542,8 @@ def names_kept(root: Path) -> list[str]:
             os.close(fd)
 
 
-def open_inside(directory: int, path: str, flags: int) -> int:
-    """Open what has this path below an open directory, past no link; path: without "..".
+def open_inside(directory: int, path: str, flags: int, *, device: int | None = None) -> int:
+    """Open what has this path below an open directory, past no link; path: without "..". device: the directory's, if known.
 
     Raises OSError as open does; with EXDEV if something else is mounted there or on the way, or it is another filesystem.
     """
@@ -507,7 +551,7 @@ def open_inside(directory: int, path: str, flags: int) -> int:
     if fd is None:
         return _open_step_by_step(directory, path, flags)
     try:
-        if os.fstat(fd).st_dev != os.fstat(directory).st_dev:  # a subvolume is no mount
+        if os.fstat(fd).st_dev != (device or os.fstat(directory).st_dev):  # a subvolume is no mount
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
     except OSError:
         shut(fd)
@@ -545,17 +589,38 @@ def open_regular(directory: int, name: str, path: str) -> int:
     try:
         named = open_inside(directory, name, _NAME)
     except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise Changed(f"open {path}: {_MOUNTED}") from error
-        raise fault_of(error, "open", path) from error
+        raise _fault_of_opening(error, path) from error
+    return _reopened(named, path)
+
+
+def _reopened(named: int, path: str, identity: Identity | None = None) -> int:
+    """Open what a descriptor names for reading, if it is a regular file, and this one; shut the descriptor."""
     try:
-        if not stat.S_ISREG(os.fstat(named).st_mode):
+        status = os.fstat(named)
+        if not stat.S_ISREG(status.st_mode):
             raise Changed(f"open {path}: it is no regular file any more")
-        return os.open(f"/proc/self/fd/{named}", _FILE)
+        fd = os.open(f"/proc/self/fd/{named}", _FILE)
     except OSError as error:
         raise fault_of(error, "open", path) from error
     finally:
-        os.close(named)
+        shut(named)
+    if identity is not None and Identity.of(status) != identity:
+        shut(fd)
+        raise Changed(f"open {path}: it is not what was looked at")
+    return fd
+
+
+def _fault_of_opening(error: OSError, path: str) -> SpooldError:
+    return Changed(f"open {path}: {_MOUNTED}") if error.errno == errno.EXDEV else fault_of(error, "open", path)
+
+
+def begin_to_write_out(fd: int) -> None:
+    """Have the kernel begin to write out a file, so that its fsync finds little left to do.
+
+    If that is begun for all files of a record first, one of three costs a disk 4.6 flushes instead of 6, on ext4 as on xfs
+    (tests/bench/test_sync_cost.py). It is no promise: what is durable is so by fsync. Source: sync_file_range(2).
+    """
+    _libc.sync_file_range(fd, ctypes.c_longlong(0), ctypes.c_longlong(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def is_open_for_writing(fd: int) -> bool | None:

@@ -7,9 +7,10 @@ far becomes durable with one commit; what they ask goes out at once; nobody wait
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,51 +41,93 @@ class Ask:
 Steps = Generator[Write | Ask, Any, T]
 
 
+class Turn:
+    """Whose turn it is: of all threads that walk or look, one at a time does what is Python.
+
+    More would not be faster, since one at a time is all that the interpreter lets run; but they would take it from each
+    other at every call to the OS, some thousand times for each record, and that costs as much again (docs/performance.md).
+    Nobody has the turn while he waits: for the disk, for a store, for the ledger's commit.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Let others have it in the block, if it is ours."""
+        is_ours = self._holder == threading.get_ident()
+        if is_ours:
+            self.__exit__()
+        try:
+            yield
+        finally:
+            if is_ours:
+                self.__enter__()
+
+
 class SideBySide:
     """Takes many walks on together, in the thread that calls it.
 
     together: makes all changes of the ledger in its block durable at its end. pool: where requests are made, if there are any.
+    turn: shared with others like this one.
     """
 
-    def __init__(self, *, together: Callable[[], AbstractContextManager[None]], pool: Executor | None = None) -> None:
+    def __init__(
+        self, *, together: Callable[[], AbstractContextManager[None]], pool: Executor | None = None, turn: Turn | None = None
+    ) -> None:  # fmt: skip
         self._together = together
         self._pool = pool
+        self._turn = turn or Turn()
 
-    def run(self, walks: Sequence[Steps[T]]) -> list[T | LedgerUnavailable]:
+    def run(self, walks: Sequence[Steps[T]], *, takes_turns: bool = True) -> list[T | LedgerUnavailable]:
         """Return how each walk ended, in their order; LedgerUnavailable where the ledger did not take its last word.
 
-        Any other exception that a walk lets out ends them all.
+        Any other exception that a walk lets out ends them all. takes_turns: False for what takes long, like a large file.
         """
+        turn = self._turn if takes_turns else contextlib.nullcontext()
         lanes = [_Lane(steps) for steps in walks]
         answered: queue.SimpleQueue[_Lane[T]] = queue.SimpleQueue()
         ready, asking = lanes, 0
         while ready or asking:
             writing = []
-            for lane in ready:
-                step = lane.go_on()
-                if isinstance(step, Write):
-                    writing.append((lane, step))
-                elif isinstance(step, Ask):
-                    assert self._pool is not None, "there are no requests"
-                    asking += 1
-                    lane.ask(step, self._pool, answered)
-            self._write(writing)
+            with turn:
+                for lane in ready:
+                    step = lane.go_on()
+                    if isinstance(step, Write):
+                        writing.append((lane, step))
+                    elif isinstance(step, Ask):
+                        assert self._pool is not None, "there are no requests"
+                        asking += 1
+                        lane.ask(step, self._pool, answered)
+            self._write(writing, turn)
             ready = [lane for lane, _ in writing]
             while asking and (not ready or not answered.empty()):
                 ready.append(answered.get())
                 asking -= 1
         return [lane.end for lane in lanes]
 
-    def _write(self, writing: list[tuple[_Lane[T], Write]]) -> None:
+    def _write(self, writing: list[tuple[_Lane[T], Write]], turn: AbstractContextManager[None]) -> None:
         if not writing:
             return
         try:
-            with self._together():
-                for lane, step in writing:
-                    try:
-                        lane.answer = step.change()
-                    except (SpooldError, OSError) as fault:
-                        lane.fault = fault
+            with contextlib.ExitStack() as until_commit:
+                until_commit.enter_context(turn)
+                with self._together():
+                    for lane, step in writing:
+                        try:
+                            lane.answer = step.change()
+                        except (SpooldError, OSError) as fault:
+                            lane.fault = fault
+                    until_commit.close()
         except LedgerUnavailable as fault:
             for lane, _ in writing:
                 lane.fault = fault

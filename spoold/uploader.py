@@ -23,14 +23,15 @@ from spoold.digest import Digester
 from spoold.errors import BadPath, Changed, ClaimLost, Draining, SpooldError, Stale, StoreUnavailable, Unproven
 from spoold.layout import Layout
 from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, Identity, Put, PutResult, StoredObject
-from spoold.spool import Spool, fault_of
-from spoold.steps import Ask, Steps
+from spoold.spool import Spool, begin_to_write_out, fault_of
+from spoold.steps import Ask, Steps, Turn
 from spoold.store import Store
 
 log = structlog.get_logger()
 
 _CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 4096
+_OPEN_AT_ONCE = 32  # files of one batch; many batches are prepared side by side
 _KEPT_FILE_BYTES = 1 << 20  # a file up to this size is sent from the bytes that were hashed; a larger one is read twice
 _KEPT_BATCH_BYTES = 8 << 20
 _PART_BYTES = 8 << 20
@@ -103,12 +104,13 @@ class Uploader:
 
     pool: runs the PUTs of all batches in flight, so its size is `upload.concurrency`. stop: set when the daemon drains:
     nothing new is sent then, and no try is repeated. demand_claim: raises ClaimLost unless our claims surely last; asked
-    before every request, since what a daemon sends that was frozen past its claim lands on a newer version.
+    before every request, since what a daemon sends that was frozen past its claim lands on a newer version. turn: given away
+    while the disk writes.
     """
 
     def __init__(
         self, *, spool: Spool, store: Store, destination: Destination, budget: Budget, bandwidth: Bandwidth,
-        clock: Clock, stop: threading.Event, demand_claim: Callable[[], None],
+        clock: Clock, stop: threading.Event, demand_claim: Callable[[], None], turn: Turn | None = None,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._store = store
@@ -118,6 +120,7 @@ class Uploader:
         self._clock = clock
         self._stop = stop
         self._demand_claim = demand_claim
+        self._turn = turn or Turn()
 
     # Before the intent
 
@@ -129,15 +132,16 @@ class Uploader:
         """
         files = [file for file in batch.uploads if not file.is_gone]
         files.sort(key=lambda file: (file.file.style != ORIGINAL, file.id))
-        self._spool.write_out(file.file for file in files)
-        hashed = []
+        hashed: list[tuple[BatchFile, Digests, bytes, bytes | None]] = []
         room = _KEPT_BATCH_BYTES
-        for file in files:
-            digests, head, body = self._hash(file, room)
-            room -= len(body) if body is not None else 0
-            hashed.append((file, digests, head, body))
-        # After a power cut an unsynced file comes back empty or older, and would overwrite the good object (FACTS 16).
-        self._spool.make_durable({os.path.dirname(file.file.path) for file in files})
+        with self._spool.at_hand():
+            for start in range(0, len(files), _OPEN_AT_ONCE):
+                for one in self._hash_durably(files[start : start + _OPEN_AT_ONCE], room):
+                    room -= len(one[3] or b"")
+                    hashed.append(one)
+            # After a power cut an unsynced file comes back empty or older, and would overwrite the good object (FACTS 16).
+            with self._turn.away():
+                self._spool.make_durable({os.path.dirname(file.file.path) for file in files})
         originals = {file.file.basename: digests.md5 for file, digests, _, _ in hashed if file.file.style == ORIGINAL}
         any_original = next(iter(originals.values()), fingerprint)
         return [
@@ -147,23 +151,39 @@ class Uploader:
 
     def hash(self, file: BatchFile) -> Digests:
         """Return the digests of a file that is not uploaded: the marker."""
-        return self._hash(file, 0)[0]
+        [(_, digests, _, _)] = self._hash_durably([file], 0)
+        return digests
 
-    def _hash(self, file: BatchFile, room: int) -> tuple[Digests, bytes, bytes | None]:
+    def _hash_durably(
+        self, files: Sequence[BatchFile], room: int
+    ) -> list[tuple[BatchFile, Digests, bytes, bytes | None]]:  # fmt: skip
+        """Return of each file what `_hash` does; what was hashed, or something newer, is on the disk then."""
+        with contextlib.ExitStack() as opened:
+            fds = [opened.enter_context(self._spool.opened(file.file)) for file in files]
+            for fd in fds:
+                begin_to_write_out(fd)
+            hashed = []
+            for file, fd in zip(files, fds, strict=True):
+                hashed.append((file, *self._hash(file, fd, room)))
+                room -= len(hashed[-1][3] or b"")
+            with self._turn.away():
+                for fd in fds:
+                    os.fsync(fd)
+        return hashed
+
+    def _hash(self, file: BatchFile, fd: int, room: int) -> tuple[Digests, bytes, bytes | None]:
         """Return a file's digests, its first bytes, and all of them if they fit; its identity is the same before and after."""
         digester = Digester(self._to.checksum)
         chunks = []
         keep = file.file.identity.size <= min(room, _KEPT_FILE_BYTES)
         head = b""
-        with self._spool.opened(file.file) as fd:
-            os.fsync(fd)
-            while chunk := os.read(fd, _CHUNK_BYTES):
-                head = head or chunk[:_HEAD_BYTES]
-                digester.update(chunk)
-                if keep:
-                    chunks.append(chunk)
-            if Identity.of(os.fstat(fd)) != file.file.identity:
-                raise Changed(f"read {file.file.path}: it was written meanwhile")
+        while chunk := os.read(fd, _CHUNK_BYTES):
+            head = head or chunk[:_HEAD_BYTES]
+            digester.update(chunk)
+            if keep:
+                chunks.append(chunk)
+        if Identity.of(os.fstat(fd)) != file.file.identity:
+            raise Changed(f"read {file.file.path}: it was written meanwhile")
         digests = digester.digests()
         if digests.size != file.file.identity.size:
             raise Changed(f"read {file.file.path}: {digests.size} bytes came of {file.file.identity.size}")

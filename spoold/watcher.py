@@ -23,7 +23,7 @@ from spoold.looker import Looker, Next
 from spoold.model import Oddity
 from spoold.observing import Observing, watches_needed
 from spoold.spool import Spool
-from spoold.steps import SideBySide, Steps
+from spoold.steps import SideBySide, Steps, Turn
 
 log = structlog.get_logger()
 
@@ -48,13 +48,13 @@ class Watcher:
 
     move_in: makes our house in the root (again); raises SpoolBroken. on_broken, on_mended: told when the root is lost and
     when it is back. on_ready: told once, when events are received and the first sweep has begun.
-    observes: False for a run that ends when nothing is left: a sweep is enough for it.
+    observes: False for a run that ends when nothing is left: a sweep is enough for it. turn: shared with all who walk.
     """
 
     def __init__(
         self, *, spool: Spool, looker: Looker, ledger: Ledger, clock: Clock, sweep_every_s: float, move_in: Callable[[], None],
         on_broken: Callable[[SpooldError], None], on_mended: Callable[[], None], on_ready: Callable[[], None],
-        observes: bool = True,
+        observes: bool = True, turn: Turn | None = None,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._looker = looker
@@ -67,7 +67,7 @@ class Watcher:
         self._on_ready = on_ready
         self._observes = observes
         self._observing = Observing(spool=spool, clock=clock)
-        self._side_by_side = SideBySide(together=ledger.together)
+        self._side_by_side = SideBySide(together=ledger.together, turn=turn)
         self._looks_at_once = _SIDE_BY_SIDE_AT_FIRST
         self._touched: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._due: dict[str, float] = {}  # record → when to look, monotonic seconds

@@ -250,7 +250,7 @@ class Life:
         self.written = {path: {content} for path, content in self.newest.items()}
         self.starts = 0
         self.retried = 0
-        self.may_die = False
+        self.is_for_a_person = False
         self.late = threading.Event()
         self.on_late: Callable[[], None] = lambda: None
         self.on_death: Callable[[], None] = lambda: None
@@ -419,7 +419,7 @@ class Life:
         dead = self.rows("SELECT record.path FROM batch JOIN record ON record.id = record_key WHERE state = 'dead'")
         if not dead:
             return False
-        assert self.may_die, f"dead: {self.state()}"
+        assert self.is_for_a_person, f"dead: {self.state()}"
         self.retried += 1
         assert self.retried < 5, "it dies again and again"
         assert self._daemon is not None
@@ -515,6 +515,8 @@ class Life:
         directories = {str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_dir()}
         stay = {"avatars", "avatars/notes", "avatars/notes/deep", "avatars/notes/deep/er", "videos"}
         house = {HOUSE, f"{HOUSE}/{ASIDE}", f"{HOUSE}/{KEPT}"}
+        if self.is_for_a_person:  # what may not be removed stays
+            stay |= {path for path in directories if path.startswith(RECORDS)}
         assert directories <= stay | house, f"{sorted(directories)}: {self.state()}"
         assert [] == self.rows("SELECT * FROM claim"), self.state()
         assert [] == self.rows("SELECT * FROM held"), self.state()

@@ -155,5 +155,5 @@ def install(name: str) -> None:
         return prepare(self, batch, fingerprint=fingerprint)
 
     os.fsync = lambda fd: None
-    spoold.spool.Spool.write_out = lambda self, files: None  # type: ignore[method-assign]
+    spoold.uploader.begin_to_write_out = lambda fd: None
     spoold.uploader.Uploader.prepare = prepare_so  # type: ignore[method-assign]

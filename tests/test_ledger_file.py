@@ -29,6 +29,20 @@ def offered(bench: Bench, record: str = RECORD) -> None:
     assert bench.offer(record) is not None
 
 
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_file_that_is_not_found_once_is_not_put_back(bench: Bench, which: int) -> None:
+    """Whoever reads the ledger would read a file that nobody writes to any more."""
+    inode = bench.ledger_file.stat().st_ino
+
+    fault = Fail("os", which, refuses(errno.ENOENT), only=lambda op: op.name == "stat")
+    with captured() as lines, Hand(fault):
+        offered(bench)
+
+    assert fault.hit is not None
+    assert inode == bench.ledger_file.stat().st_ino
+    assert [] == told(lines, "ledger.restored")
+
+
 def unlink(bench: Bench) -> None:
     bench.ledger_file.unlink()
 

@@ -676,7 +676,7 @@ def test_a_file_that_cannot_be_read_is_waited_for_and_in_nobodys_way(bench: Benc
     bench.clock.advance(5.0)
 
     # What is opened first is the root, then the record's directories, and the files come then.
-    is_of_a_file = {"open": 3, "openat2": 4, "fstat": 10}.get(call, 1)
+    is_of_a_file = {"open": 3, "openat2": 3, "fstat": 9}.get(call, 1)
     with Hand(Fail("os", is_of_a_file, refuses(errno.EIO), only=lambda op: op.name == call)) as hand:
         again = alone(looker.look(RECORD))
 

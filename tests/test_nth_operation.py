@@ -140,7 +140,7 @@ def ledger_fault(number: int, kind: str, **settings: Any) -> Fail:
 def survived(world: World, part: str, plan: Fail, kind: str, **settings: Any) -> bool:
     """Let a life pass in which the plan's fault happens; say whether it did."""
     life = world.life(part, plan, **settings)
-    life.may_die = kind == "EACCES"  # that is for a person to mend
+    life.is_for_a_person = kind == "EACCES"  # to mend
     lived(life)
     return plan.hit is not None
 
@@ -233,7 +233,7 @@ def test_an_outage_may_begin_at_every_operation(world: World, part: str, layer: 
 def survived_after_a_kill(world: World, part: str, moment: int, fault: Fail, kind: str) -> bool:
     """Let the process die at this moment, and the fault happen to the next one; say whether it did."""
     life = world.life(part, Then(Kill(moment), fault))
-    life.may_die = kind == "EACCES"
+    life.is_for_a_person = kind == "EACCES"
     lived(life)
     return fault.hit is not None
 

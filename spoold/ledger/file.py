@@ -39,8 +39,11 @@ class LedgerFile:
         self._open = self._inodes()
 
     def is_same(self) -> bool:
-        """Say whether what was opened still lies there, the write-ahead log too. Raises OSError if that cannot be told."""
-        return self._inodes() == self._open
+        """Say whether what was opened still lies there, the write-ahead log too. Raises OSError if that cannot be told.
+
+        Asked twice if it seems not to: to put it back means that whoever reads it has to open it anew.
+        """
+        return self._inodes() == self._open or self._inodes() == self._open
 
     def _inodes(self) -> tuple[int, ...] | None:
         try:
