@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -36,7 +36,7 @@ from spoold.errors import (
     Unproven,
     Vanished,
 )
-from spoold.ledger import Aside, Ledger, Proof, ReplacedKey
+from spoold.ledger import Aside, Clearance, Ledger, Proof, ReplacedKey
 from spoold.model import HOUSE, Answer, BatchFile, Claim, Identity, State
 from spoold.spool import ASIDE, KEPT, Spool, fault_of, is_open_for_writing
 from spoold.steps import Steps, Write
@@ -121,9 +121,12 @@ class Cleaner:
             for file in left:
                 if file.aside_name is not None:
                     self._give_back_ours(claim, file, "local files stay (cleanup.delete: false)")
-            return self._may_go(claim) if batch.state is State.STORED else None  # a doubt is to be settled all the same
+            if batch.state is not State.STORED:
+                return None
+            due: Due | None = yield from self._may_go(claim)  # a doubt is to be settled all the same
+            return due
         try:
-            if batch.state is State.STORED and (due := self._may_go(claim)):
+            if batch.state is State.STORED and (due := (yield from self._may_go(claim))):
                 return due
         except Missing as lost:
             # Only what lies at its own place is put again; what lies aside would be let go as stored.
@@ -136,10 +139,10 @@ class Cleaner:
             waits = yield from self._clear_files(claim, [file for file in left if file.is_marker])
         return min(waits, key=lambda due: due.in_s) if waits else None
 
-    def _may_go(self, claim: Claim) -> Due | None:
+    def _may_go(self, claim: Claim) -> Steps[Due | None]:
         """See that what was stored is still there, and is there to stay; where local files stay, only if there is a doubt."""
         now = self._clock.now()
-        known = self._ledger.clearance(claim)
+        known: Clearance = yield Write(partial(self._ledger.clearance, claim))
         doubts = known.doubts
         left_s = max(map(self._doubts.left_s, doubts.items()), default=0.0)
         if left_s > 0:
@@ -356,22 +359,26 @@ class Cleaner:
             for parts in (file.file.path.split("/")[:-1] for file in claim.batch.files)
             for depth in range(floor + 1, len(parts) + 1)
         }
+        emptied: dict[str, tuple[Identity, float]] = {}
         with self._spool.at_hand():
             waits = [
                 wait for path in sorted(paths, key=lambda path: -path.count("/"))
-                if (wait := self._prune_one(path)) is not None
+                if (wait := self._prune_one(path, emptied)) is not None
             ]  # fmt: skip
         return Due(min(waits), "dirs") if waits else None
 
-    def _prune_one(self, path: str) -> float | None:
-        """Remove one directory if it is empty and old enough; return in how many seconds it may be, or None."""
+    def _prune_one(self, path: str, emptied: dict[str, tuple[Identity, float]]) -> float | None:
+        """Remove one directory if it is empty and old enough; return in how many seconds it may be, or None.
+
+        emptied: directories of which we have just removed others: how we left them, and how old they were before.
+        """
         parent, leaf = os.path.split(path)
         try:
             with self._spool.directory(path) as fd:
                 status = os.fstat(fd)
+                age_s = self._age_of_directory(path, status, emptied)  # also of one that is not empty yet: its age begins
                 if os.listdir(fd):
                     return None
-            age_s = self._ages.age_s(Identity.of(status))
             if age_s < self._rules.keep_empty_dirs_for_s:
                 return max(0.05, self._rules.keep_empty_dirs_for_s - age_s)
             self._demand_claim()
@@ -379,7 +386,9 @@ class Cleaner:
                 now = os.stat(leaf, dir_fd=directory, follow_symlinks=False)
                 if not stat.S_ISDIR(now.st_mode) or Identity.of(now) != Identity.of(status):
                     return self._rules.keep_empty_dirs_for_s
+                parents_age_s = self._age_of_directory(parent, os.fstat(directory), emptied)
                 os.rmdir(leaf, dir_fd=directory)
+                emptied[parent] = Identity.of(os.fstat(directory)), parents_age_s
         except (Vanished, FileNotFoundError):
             return None
         except OSError as error:
@@ -387,6 +396,13 @@ class Cleaner:
                 return None
             raise fault_of(error, "remove", path) from error
         return None
+
+    def _age_of_directory(
+        self, path: str, status: os.stat_result, emptied: Mapping[str, tuple[Identity, float]]
+    ) -> float:  # fmt: skip
+        """Return for how many seconds nobody but us has changed a directory."""
+        left, age_s = emptied.get(path, (None, 0.0))
+        return age_s if left == Identity.of(status) else self._ages.age_s(Identity.of(status))
 
     # After a crash
 

@@ -67,7 +67,7 @@ class Looker:
         Raises SpoolBroken if the root is gone, and LedgerUnavailable.
         """
         name = self._spool.name
-        known = self._ledger.known(name, record)
+        known: Known = yield Write(partial(self._ledger.known, name, record))
         snapshot = self._spool.look(record)
         for oddity in snapshot.oddities:
             self.report(oddity)

@@ -113,7 +113,8 @@ class Pipeline:
         if parts.decodes:
             self._demand_whole_images(claim, parts.spool)
         self._demand_bytes(claim, parts.spool)
-        puts = parts.uploader.prepare(claim.batch, fingerprint=self._ledger.live_fingerprint(claim))
+        fingerprint = self._ledger.live_fingerprint(claim) if parts.uploader.needs_fingerprint else None
+        puts = parts.uploader.prepare(claim.batch, fingerprint=fingerprint)
         for marker in (file for file in claim.batch.files if file.is_marker and not file.is_gone):
             self._ledger.mark_hashed(claim, marker, parts.uploader.hash(marker).sha256)
         puts = yield Write(partial(self._ledger.intend, claim, puts))

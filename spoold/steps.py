@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """A change of the ledger. The walk goes on with what it returns, when it is durable, or with the fault that it raises."""
+    """A change of the ledger, or a question to it.
+
+    The walk goes on with what it returns, when that is durable, or with the fault that it raises.
+    """
 
     change: Callable[[], Any]
 

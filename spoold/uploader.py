@@ -124,6 +124,11 @@ class Uploader:
 
     # Before the intent
 
+    @property
+    def needs_fingerprint(self) -> bool:
+        """Say whether keys or URLs have the original's MD5 in them."""
+        return self._to.layout.needs_fingerprint
+
     def prepare(self, batch: Batch, *, fingerprint: str | None) -> list[Put]:
         """Make the batch's files durable, hash them, and return what is to be put, originals first.
 

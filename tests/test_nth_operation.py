@@ -486,7 +486,7 @@ def test_a_batch_that_is_called_stored_before_it_is_put_is_found(world: World, m
     monkeypatch.setattr(pipeline.Pipeline, "_upload", store_first)
 
     with pytest.raises(AssertionError, match="is lost after"):
-        for number in sample(range(effects(world, "replaced")), 16):
+        for number in sample(range(effects(world, "replaced")), 32):
             killed(world, "replaced", number)
 
 

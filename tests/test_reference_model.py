@@ -396,7 +396,7 @@ def ignores_doubts(patch: pytest.MonkeyPatch, play: Play) -> None:
 def forgets_what_a_dead_daemon_sent(patch: pytest.MonkeyPatch, play: Play) -> None:
     """A daemon that takes a record over does not know that a PUT is under way."""
     patch.setattr(
-        Ledger, "_take_over", lambda self, change, key: change.execute(delete(claim).where(claim.c.record_key == key))
+        Ledger, "_take_over", lambda self, change, keys: change.execute(delete(claim).where(claim.c.record_key.in_(keys)))
     )
     play.save(RECORD, "cat.jpg")
     play.settle()

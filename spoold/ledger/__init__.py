@@ -6,7 +6,7 @@ what is true of the data; a claim says who is at it. One class in layers, a file
 (`rebuilding`), people and programs (`looking`). Below them the `database`, its `schema`, and the `file` that it lies in.
 """
 
-from spoold.ledger.clearing import Aside, Proof, ReplacedKey
+from spoold.ledger.clearing import Aside, Clearance, Proof, ReplacedKey
 from spoold.ledger.looking import STATES, TROUBLE, Looking
 from spoold.ledger.rebuilding import Found
 from spoold.ledger.settling import Overwritten
@@ -17,4 +17,4 @@ class Ledger(Looking):
     """All verbs of the ledger."""
 
 
-__all__ = ["STATES", "TROUBLE", "Aside", "Found", "Known", "Ledger", "Overwritten", "Proof", "ReplacedKey"]
+__all__ = ["STATES", "TROUBLE", "Aside", "Clearance", "Found", "Known", "Ledger", "Overwritten", "Proof", "ReplacedKey"]

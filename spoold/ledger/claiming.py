@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Float, Integer, Row, and_, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import BindParameter, Float, Integer, Row, and_, bindparam, delete, exists, insert, or_, select, update
 
 from spoold.clock import Clock
 from spoold.errors import ClaimLost, Crashed, LedgerUnavailable, SpooldError
@@ -27,6 +27,7 @@ from spoold.ledger.statements import Session, Statement
 from spoold.ledger.watching import CHANGE_RECORD, Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
 
+_AT_ONCE = 500  # values in a list
 _BYTES_AT_ONCE = 8 << 20  # of files that are walked side by side: the small do not wait for the large
 
 
@@ -57,57 +58,68 @@ class Claiming(Watching):
                 return []
         with self._unless_unsure() as taken, self.write() as change:
             while rows := _due_now(change.session, order, asked, now=change.now, lease_s=lease_s):
-                claims: list[Claim] = []
+                chosen: list[Any] = []
                 room = _BYTES_AT_ONCE
                 for row in rows:
                     if row.state == State.PENDING and row.crashes >= crashes:
                         self._bury_crashed(change, row)
                         continue
+                    if any(row.record_key == other.record_key for other in chosen):
+                        continue  # of an older batch some files lie aside still: one claim a record
                     is_suspected = row.state == State.PENDING and row.crashes > 0
-                    if claims and (is_suspected or row.bytes > room):
+                    if chosen and (is_suspected or row.bytes > room):
                         break
                     self._taking(taken, row.record_key, row.fence + 1)
-                    self._take_over(change, row.record_key)
-                    claims.append(self._claimed(change, row, owner, lease_s))
+                    chosen.append(row)
                     room -= row.bytes
                     if is_suspected:
                         break
-                if claims:
-                    return claims
+                if chosen:
+                    return self._claimed(change, chosen, owner, lease_s)
             return []
 
     def _bury_crashed(self, change: Transaction, row: Any) -> None:
-        self._take_over(change, row.record_key)
+        self._take_over(change, [row.record_key])
         fault = Crashed(
             f"walk {row.path}: {row.crashes} walks of it ended with the daemon's process",
             hint="look at its files and the system's log (out of memory?), then: spoold retry",
         )
         self._bury(change, row.id, row.record_key, row.spool, row.path, fault)
 
-    def _take_over(self, change: Transaction, key: int) -> None:
-        """Whoever had this record's claim is dead or frozen: what it had under way may still land (rule 6)."""
-        change.execute(_FREE, {"of_record": key})
-        change.execute(_DOUBT_WHAT_IS_OPEN, {"of_record": key, "doubt_at": change.now})
+    def _take_over(self, change: Transaction, keys: Sequence[int]) -> None:
+        """Whoever had these records' claims is dead or frozen: what it had under way may still land (rule 6)."""
+        change.execute(_FREE, {"of_records": keys})
+        change.execute(_DOUBT_WHAT_IS_OPEN, {"of_records": keys, "doubt_at": change.now})
 
-    def _claimed(self, change: Transaction, row: Any, owner: str, lease_s: float) -> Claim:
+    def _claimed(self, change: Transaction, rows: Sequence[Any], owner: str, lease_s: float) -> list[Claim]:
+        """Take over the records of these batches, all of one kind."""
         until = change.now + lease_s
-        fence = row.fence + 1
-        is_pending = row.state == State.PENDING
-        updated_at = change.at if is_pending else row.updated_at
-        change.execute(CHANGE_RECORD, {"of_record": row.record_key, "fence": fence, "updated_at": updated_at})
-        taken = {"record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": fence, "until": until}
-        change.execute(_INSERT_CLAIM, taken)
+        self._take_over(change, [row.record_key for row in rows])
+        is_pending = rows[0].state == State.PENDING
+        records, claims = [], []
+        for row in rows:
+            updated_at = change.at if is_pending else row.updated_at
+            records.append({"of_record": row.record_key, "fence": row.fence + 1, "updated_at": updated_at})
+            claims.append({
+                "record_key": row.record_key, "batch_id": row.id, "owner": owner, "fence": row.fence + 1, "until": until,
+            })  # fmt: skip
+            event = "batch.claimed" if is_pending else "batch.resumed"
+            attempt = row.attempts + 1 if is_pending else None
+            change.tell(event, record_key=row.record_key, batch=row.id, spool=row.spool, record=row.path, attempt=attempt)
+        change.execute(CHANGE_RECORD, records)
+        change.execute(_INSERT_CLAIM, claims)
         if is_pending:
-            change.execute(CHANGE_BATCH, {"of_batch": row.id, "crashes": row.crashes + 1})
-        event = "batch.claimed" if is_pending else "batch.resumed"
-        attempt = row.attempts + 1 if is_pending else None
-        change.tell(event, record_key=row.record_key, batch=row.id, spool=row.spool, record=row.path, attempt=attempt)
-        files = change.execute(FILES_OF_BATCH, {"of_batch": row.id})
-        claimed = Batch(
-            row.id, row.spool, row.record_key, row.path, row.attachment, row.record_id, State(row.state), row.version,
-            row.attempts, tuple(batch_file_of(file) for file in files),
-        )  # fmt: skip
-        return Claim(claimed, owner, fence, until)
+            change.execute(CHANGE_BATCH, [{"of_batch": row.id, "crashes": row.crashes + 1} for row in rows])
+        return [
+            Claim(
+                Batch(
+                    row.id, row.spool, row.record_key, row.path, row.attachment, row.record_id, State(row.state), row.version,
+                    row.attempts, files,
+                ),
+                owner, row.fence + 1, until,
+            )
+            for row, files in zip(rows, files_of(change.session, [row.id for row in rows]), strict=True)
+        ]  # fmt: skip
 
     def renew(self, owner: str, *, lease_s: float) -> None:
         """Prolong every claim of this owner that nobody has taken over, and free those of which it may not know."""
@@ -118,7 +130,7 @@ class Claiming(Watching):
                 mine = and_(claim.c.record_key == key, claim.c.owner == owner, claim.c.fence == fence)
                 row = change.execute(select(claim).where(mine)).first()
                 if row is not None:
-                    self._take_over(change, key)
+                    self._take_over(change, [key])
                     counted = and_(batch.c.id == row.batch_id, batch.c.crashes > 0)
                     change.execute(update(batch).where(counted).values(crashes=batch.c.crashes - 1))
             change.execute(update(claim).where(claim.c.owner == owner).values(until=change.now + lease_s))
@@ -149,8 +161,9 @@ class Claiming(Watching):
     def bereave(self, owner: str) -> None:
         """End every claim of an owner that is known to be dead, so that nobody waits for them to run out."""
         with self.write() as change:
-            for key in change.execute(select(claim.c.record_key).where(claim.c.owner == owner)).scalars().all():
-                self._take_over(change, key)
+            keys = change.execute(select(claim.c.record_key).where(claim.c.owner == owner)).scalars().all()
+            for start in range(0, len(keys), _AT_ONCE):
+                self._take_over(change, keys[start : start + _AT_ONCE])
             change.tell("claim.lost", detail=f"the daemon {owner} is dead; its claims are free")
 
     def claim_record(self, record_key: int, owner: str, *, lease_s: float) -> int | None:
@@ -162,7 +175,7 @@ class Claiming(Watching):
             held_by = change.execute(select(claim).where(claim.c.record_key == record_key)).first()
             if held_by is not None and change.now < held_by.until <= change.now + 2 * lease_s:
                 return None
-            self._take_over(change, record_key)
+            self._take_over(change, [record_key])
             fence = change.execute(select(record.c.fence).where(record.c.id == record_key)).scalar_one() + 1
             self._taking(taken, record_key, fence)
             change.execute(update(record).where(record.c.id == record_key).values(fence=fence))
@@ -202,7 +215,7 @@ class Claiming(Watching):
 
     def _end(self, change: Transaction, mine: Claim, was: str, **values: Any) -> None:
         """End the walk of a batch whose state is `was` in good order: the claim is free, and no crash is counted."""
-        change.execute(_FREE, {"of_record": mine.batch.record_key})
+        change.execute(_FREE, {"of_records": [mine.batch.record_key]})
         if was == State.SUPERSEDED:
             values = {name: values[name] for name in ("due_at", "waiting_for") if name in values}
             waits_for_dirs = values.get("waiting_for") == "dirs"  # of what it set aside; nobody else may know of them
@@ -260,8 +273,15 @@ class Claiming(Watching):
 
 # The statements of every walk.
 
-FILES_OF_BATCH = Statement(select(batch_file).where(batch_file.c.batch_id == bindparam("of_batch")).order_by(batch_file.c.id))
-
+_FILES = Statement(
+    select(
+        batch_file.c.id, batch_file.c.batch_id, batch_file.c.path, batch_file.c.style, batch_file.c.basename,
+        batch_file.c.filename, batch_file.c.dev, batch_file.c.ino, batch_file.c.size, batch_file.c.mtime_ns,
+        batch_file.c.ctime_ns, batch_file.c.is_marker, batch_file.c.digest, batch_file.c.aside_name, batch_file.c.is_gone,
+    )
+    .where(batch_file.c.batch_id.in_(bindparam("of_batches", expanding=True)))
+    .order_by(batch_file.c.id)
+)  # fmt: skip
 _STANDING = Statement(
     select(claim.c.owner, claim.c.fence, batch.c.state)
     .join(batch, batch.c.record_key == claim.c.record_key)
@@ -270,11 +290,12 @@ _STANDING = Statement(
 _ANY_ASIDE = Statement(
     select(batch_file.c.id).where(batch_file.c.batch_id == bindparam("of_batch"), batch_file.c.aside_name.is_not(None)).limit(1)
 )
-_FREE = Statement(delete(claim).where(claim.c.record_key == bindparam("of_record")))
+_OF_RECORDS: BindParameter[list[int]] = bindparam("of_records", expanding=True)
+_FREE = Statement(delete(claim).where(claim.c.record_key.in_(_OF_RECORDS)))
 _INSERT_CLAIM = Statement(insert(claim))
 CHANGE_BATCH = Statement(update(batch).where(batch.c.id == bindparam("of_batch")))
 _DOUBT_WHAT_IS_OPEN = Statement(
-    update(intent).where(intent.c.record_key == bindparam("of_record"), intent.c.answer.is_(None)).values(answer=Answer.DOUBT)
+    update(intent).where(intent.c.record_key.in_(_OF_RECORDS), intent.c.answer.is_(None)).values(answer=Answer.DOUBT)
 )
 
 
@@ -321,6 +342,14 @@ def _due_now(
         if rows:
             return rows
     return []
+
+
+def files_of(session: Session, batches: Sequence[int]) -> list[tuple[BatchFile, ...]]:
+    """Return the files of each of these batches."""
+    files: dict[int, list[BatchFile]] = {identifier: [] for identifier in batches}
+    for row in session.execute(_FILES, {"of_batches": batches}):
+        files[row.batch_id].append(batch_file_of(row))
+    return [tuple(files[identifier]) for identifier in batches]
 
 
 def batch_file_of(row: Any) -> BatchFile:

@@ -300,7 +300,12 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
-        """Yield a session with one consistent view."""
+        """Yield a session with one consistent view: among changes that are made together, the one that has seen them."""
+        if self._together_in == threading.get_ident():
+            assert self._group is not None, "it was begun"
+            with self._translated():
+                yield self._group.session
+            return
         with self._translated():
             opened = self._opened
             try:

@@ -13,7 +13,7 @@ from sqlalchemy import BindParameter, and_, bindparam, delete, func, insert, or_
 
 from spoold.clock import iso
 from spoold.errors import ClaimLost, KeyTaken, SpooldError
-from spoold.ledger.claiming import CHANGE_BATCH, FILES_OF_BATCH, Claiming, batch_file_of
+from spoold.ledger.claiming import CHANGE_BATCH, Claiming, files_of
 from spoold.ledger.database import REBUILT_AT, Transaction
 from spoold.ledger.schema import (
     FOUND,
@@ -68,6 +68,7 @@ class Walking(Claiming):
             rebuilt_at = self._rebuilt_at(change.session)
             self._take_keys(change, mine, puts)
             pasts = _by_key(change, _INTENTS_OF_KEYS, puts)
+            rows: list[dict[str, Any]] = []
             for put in puts:
                 past = pasts.get((put.bucket, put.key), [])
                 put = self._with_abandoned(change, put, past)
@@ -86,8 +87,15 @@ class Walking(Claiming):
                             change.execute(insert(intent), doubt)
                         was_sent = any(row.answer != Answer.REFUSED and row.digest is not None for row in past)
                         put = dataclasses.replace(put, is_sought=not was_sent)
-                    put = dataclasses.replace(put, intent=change.execute(_BEGIN_INTENT, row).scalar_one())
+                    rows.append(row)
                 intended.append(put)
+            change.execute(_BEGIN_INTENT, rows)
+            if rows:
+                begun = _by_key(change, _NEWEST_INTENTS, puts)
+                intended = [
+                    put if put.adopted is not None else dataclasses.replace(put, intent=begun[put.bucket, put.key][0].id)
+                    for put in intended
+                ]
             hashed = [
                 {"of_file": put.file.id, "digest": put.digests.sha256, "bucket": put.bucket, "key": put.key}
                 for put in intended
@@ -215,10 +223,8 @@ class Walking(Claiming):
         self._touched(change, mine.batch.record_key)
         size_bytes = sum(result.put.digests.size for result in results)
         self._tell(change, mine, "batch.stored", files=len(results), size_bytes=size_bytes, elapsed_s=round(elapsed_s, 3))
-        files = change.execute(FILES_OF_BATCH, {"of_batch": mine.batch.id})
-        now_stored = dataclasses.replace(
-            mine.batch, state=State.STORED, attempts=0, files=tuple(batch_file_of(file) for file in files)
-        )
+        [files] = files_of(change.session, [mine.batch.id])
+        now_stored = dataclasses.replace(mine.batch, state=State.STORED, attempts=0, files=files)
         return dataclasses.replace(mine, batch=now_stored)
 
     def _live(
@@ -424,7 +430,7 @@ _OWNERS_OF_KEYS = Statement(
     select(key_owner).where(key_owner.c.bucket == bindparam("of_bucket"), key_owner.c.key.in_(_OF_KEYS))
 )
 _TAKE_KEY = Statement(insert(key_owner))
-_BEGIN_INTENT = Statement(insert(intent).returning(intent.c.id))
+_BEGIN_INTENT = Statement(insert(intent))
 _CHANGE_INTENT = Statement(update(intent).where(intent.c.id == bindparam("of_intent")))
 _PROVEN_AT = Statement(select(intent.c.id, intent.c.proven_at).where(intent.c.id.in_(bindparam("of_intents", expanding=True))))
 _NOTE_DIGEST = Statement(update(batch_file).where(batch_file.c.id == bindparam("of_file")))
