@@ -18,6 +18,7 @@ from spoold.holds import Holds
 from spoold.ledger import Ledger
 from spoold.looker import Looker
 from spoold.model import Claim, Headers
+from spoold.orphans import Orphans
 from spoold.owner import LEASE_S, OWNERS, Owner
 from spoold.pipeline import Parts, Pipeline, Retry
 from spoold.rebuild import Rebuilder, Source
@@ -39,9 +40,11 @@ _SIDE_BY_SIDE = 32  # batches that one worker walks at once
 _AUTO_CONCURRENCY = 16
 _QUICK_CONCURRENCY = 128
 _MEMORY_BYTES = 64 << 20  # of files in flight
+_PATIENCE_S = 0.1  # so that what is let go a little later goes with others
 _IDLE_S = 1.0
 _TEND_EVERY_S = 0.5
 _REMOVE_EVERY_S = 5.0
+_ABORT_EVERY_S = 300.0
 _PRUNE_EVERY_S = 3600.0
 _RESERVE_EVERY_S = 60.0
 _REBUILD_EVERY_S = 60.0
@@ -81,13 +84,15 @@ class Daemon:
         quick = settings.upload.concurrency if settings.upload.concurrency != "auto" else _QUICK_CONCURRENCY
         self._workers = min(_MOST_WORKERS, concurrency)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="put")
+        self._part_pool = ThreadPoolExecutor(concurrency, thread_name_prefix="part")
+        self._bandwidth = Bandwidth(settings.upload.bandwidth, clock=self._clock)
         self._store = Store(
             endpoint_url=settings.s3.endpoint_url, region=settings.s3.region, profile=settings.s3.profile,
-            addressing_style=settings.s3.addressing_style, checksum=settings.s3.checksum, connections=concurrency + 2,
-            quick_connections=quick if settings.upload.client == "fast" else 0,
+            addressing_style=settings.s3.addressing_style, checksum=settings.s3.checksum, connections=2 * concurrency + 2,
+            quick_connections=quick if settings.upload.client == "fast" else 0, pool=self._part_pool,
+            pace=None if self._bandwidth.is_unlimited else self._bandwidth.pace,
         )  # fmt: skip
         self._budget = Budget(_MEMORY_BYTES)
-        self._bandwidth = Bandwidth(settings.upload.bandwidth, clock=self._clock)
         self._ages = Ages(self._clock)
         self._spools = {spool.name: self._spool(spool) for spool in settings.spools}
         self._holds = Holds(
@@ -109,6 +114,9 @@ class Daemon:
         self._settler = Settler(
             ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools},
             doubt_s=settings.upload.doubt, clock=self._clock,
+        )  # fmt: skip
+        self._orphans = Orphans(
+            ledger=self._ledger, owner=self._owner.name, stores={spool.name: self._store for spool in settings.spools}
         )  # fmt: skip
         self._rebuilder = Rebuilder(
             ledger=self._ledger, store=self._store,
@@ -233,6 +241,7 @@ class Daemon:
             log.error("daemon.crashed", error=type(self._crash).__name__, detail=str(self._crash), exc_info=self._crash)
             return CRASHED
         self._pool.shutdown(wait=code != LEFT, cancel_futures=True)
+        self._part_pool.shutdown(wait=code != LEFT, cancel_futures=True)
         if code != LEFT or self._once:  # else threads of ours live on, and what they claimed is free when the process ends
             self._owner.close()
         self._store.close()
@@ -336,8 +345,9 @@ class Daemon:
         with self._work:
             spools = sorted(self._recovered)
         return self._ledger.claim(
-            self._owner.name, spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first, at_most=_SIDE_BY_SIDE
-        )
+            self._owner.name, spools, lease_s=LEASE_S, crashes=crashes, uploads_first=uploads_first, at_most=_SIDE_BY_SIDE,
+            patience_s=_PATIENCE_S,
+        )  # fmt: skip
 
     def _renew(self, done: threading.Event) -> None:
         """Keep our claims alive; without this they run out and others take over."""
@@ -358,8 +368,9 @@ class Daemon:
                 self._wake()
 
     def _tend(self, done: threading.Event) -> None:
-        """What is due now and then: probes of what is held, replaced keys, keys of what was given up, old history."""
+        """What is due now and then: probes of what is held, replaced keys, what was given up, old history."""
         remove_at = prune_at = 0.0
+        abort_at = self._clock.monotonic() + _ABORT_EVERY_S  # those of a crash are mostly gone on with, soon after the start
         reserve_at = self._clock.monotonic() + _RESERVE_EVERY_S
         while not done.wait(_TEND_EVERY_S):
             now = self._clock.monotonic()
@@ -376,6 +387,11 @@ class Daemon:
                         if may_claim:
                             self._remover.remove_due(lease_s=LEASE_S, held=self._holds.held())
                             self._settler.settle_due(lease_s=LEASE_S, held=self._holds.held())
+                if now >= abort_at and not self._stop.is_set():
+                    abort_at = now + _ABORT_EVERY_S
+                    with self._owner.at_work() as may_claim:
+                        if may_claim:
+                            self._orphans.abort_all(lease_s=LEASE_S, held=self._holds.held())
                 if now >= prune_at:
                     prune_at = now + _PRUNE_EVERY_S
                     self._ledger.prune(older_than_s=_HISTORY_LASTS_S)

@@ -20,6 +20,8 @@ from spoold.errors import LedgerUnavailable, SpooldError
 
 T = TypeVar("T")
 
+_GATHERING_S = 0.004  # what is answered so soon after the first goes on with it, and shares a commit
+
 
 @dataclass(frozen=True, slots=True)
 class Write:
@@ -113,7 +115,12 @@ class SideBySide:
                         lane.ask(step, self._pool, answered)
             self._write(writing, turn)
             ready = [lane for lane, _ in writing]
-            while asking and (not ready or not answered.empty()):
+            if asking and not ready:
+                ready.append(answered.get())
+                asking -= 1
+                if asking > answered.qsize():
+                    threading.Event().wait(_GATHERING_S)
+            while not answered.empty():
                 ready.append(answered.get())
                 asking -= 1
         return [lane.end for lane in lanes]

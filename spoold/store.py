@@ -10,11 +10,13 @@ import base64
 import contextlib
 import functools
 import hashlib
+import io
 import re
 import ssl
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -51,7 +53,9 @@ class Store:
     """Puts, looks up, reads and deletes objects; safe to share between threads.
 
     region, profile: None leaves them to boto3's own chain, as credentials always are. connections: kept alive at most.
-    quick_connections: for small objects, one request on each; 0 leaves those to boto3 too.
+    quick_connections: for small objects, one request on each; 0 leaves those to boto3 too. pool: sends parts of large ones;
+    whoever calls a verb must not be of it. pace: is asked for so many bytes, and returns as many as may
+    be sent now, when they may.
     Every verb raises StoreUnavailable (later; it may have been carried out unless `never_sent`), StoreDenied (nothing
     will work until somebody acts) or Unproven (something answered, but not as S3 does).
     """
@@ -68,6 +72,8 @@ class Store:
         connect_timeout_s: float = 10,
         read_timeout_s: float = 60,
         quick_connections: int = 0,
+        pool: Executor | None = None,
+        pace: Callable[[int], int] | None = None,
     ) -> None:
         self._endpoint_url = endpoint_url
         self._region = region
@@ -90,6 +96,8 @@ class Store:
                 connections=quick_connections, connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s, tls=self._tls
             )
             self._fast = FastPut(wire)
+        self._pool = pool or ThreadPoolExecutor(connections, thread_name_prefix="part")
+        self._pace = pace
         self._putting = threading.local()
         self._client: Any = None
         self._credentials: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by client
@@ -180,11 +188,13 @@ class Store:
         digests: Digests,
         *,
         on_upload: Callable[[str], None],
+        at_once: int = 1,
     ) -> StoredObject:
-        """Store what `parts` yields as one object, one part after the other, and return what the server confirmed.
+        """Store what `parts` yields as one object, and return what the server confirmed.
 
-        parts: of 5 MiB or more each, but the last; at most 10,000. on_upload: is given the upload's id and must return
-        before the first part is sent, so that a crash leaves nothing that cannot be aborted.
+        parts: of 5 MiB or more each, but the last; at most 10,000. They are asked for one after the other, and sent side by
+        side: no more than `at_once` are held. on_upload: is given the upload's id and must return before the first part is
+        sent, so that a crash leaves nothing that cannot be aborted.
         Raises as `put` does, Changed if the parts together are not what `digests` tells, and whatever `parts` and
         `on_upload` raise; in all these cases the upload is aborted if the server can be reached. No object comes to be
         before all parts are there, so StoreUnavailable is `never_sent` until then.
@@ -195,7 +205,8 @@ class Store:
             try:
                 upload_id = self._begin(what, bucket, key, headers, digests.checksum_algorithm)
                 on_upload(upload_id)
-                sent = self._send(what, bucket, key, upload_id, parts, digests)
+                upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+                sent = self._send(what, upload, parts, digests, at_once)
             except StoreUnavailable as error:
                 error.never_sent = True
                 raise
@@ -299,6 +310,8 @@ class Store:
                 # A wildcard's handlers come first, before those that send again.
                 client.meta.events.register("needs-retry.s3.*", refuse_pages)
                 client.meta.events.register("needs-retry.s3.*", stay_unless_told_where_to_go)
+                if self._pace is not None:
+                    client.meta.events.register("before-send.s3", self._slow_down)
                 if self._fast is not None:
                     client.meta.events.register_last("before-send.s3.PutObject", self._watch_it_go)
                 self._client = client
@@ -321,6 +334,10 @@ class Store:
             authorization = request.headers.get("Authorization", b"")
             said = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
             self._putting.went = (request.url, said)
+
+    def _slow_down(self, request: Any, **_: object) -> None:
+        if self._pace is not None and request.body:
+            request.body = _Paced(request.body if isinstance(request.body, bytes) else request.body.read(), self._pace)
 
     def _tls(self) -> ssl.SSLContext:
         """Return how certificates are verified: as botocore does."""
@@ -377,25 +394,40 @@ class Store:
         return str(answer["UploadId"])
 
     def _send(
-        self, what: str, bucket: str, key: str, upload_id: str, parts: Iterable[bytes], digests: Digests
+        self, what: str, upload: dict[str, Any], parts: Iterable[bytes], digests: Digests, at_once: int
     ) -> list[tuple[str, Digests]]:
-        """Send the parts and return the ETag and the digests of each."""
-        sent: list[tuple[str, Digests]] = []
+        """Send the parts and return the ETag and the digests of each. When this ends, none is on its way any more."""
+        sent: list[Future[tuple[str, Digests]]] = []
+        under_way: set[Future[Any]] = set()
         whole = hashlib.sha256()
-        for number, part in enumerate(parts, start=1):
-            whole.update(part)
-            digester = Digester(digests.checksum_algorithm)
-            digester.update(part)
-            part_digests = digester.digests()
-            upload = {"Bucket": bucket, "Key": key, "UploadId": upload_id, "PartNumber": number}
-            with self._asking(what) as client:
-                answer = client.upload_part(**upload, Body=part, **_to_be_verified(part_digests))
-                demand(what, answer, "ETag")
-            sent.append((answer["ETag"], part_digests))
+        try:
+            for number, part in enumerate(parts, start=1):
+                whole.update(part)
+                sent.append(self._pool.submit(self._send_part, what, {**upload, "PartNumber": number}, part, digests))
+                under_way.add(sent[-1])
+                del part  # it may be large, and the next one is about to be read
+                while len(under_way) >= at_once:
+                    ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+            answers = [future.result() for future in sent]
+        finally:
+            for future in under_way:
+                future.cancel()
+            wait(under_way)
         if whole.hexdigest() != digests.sha256:
             # The parts' ETags would prove that the wrong bytes arrived well.
             raise Changed(f"{what}: the parts are not the content that was hashed")
-        return sent
+        return answers
+
+    def _send_part(self, what: str, where: dict[str, Any], part: bytes, whole: Digests) -> tuple[str, Digests]:
+        digester = Digester(whole.checksum_algorithm)
+        digester.update(part)
+        digests = digester.digests()
+        with self._asking(what) as client:
+            answer = client.upload_part(**where, Body=part, **_to_be_verified(digests))
+            demand(what, answer, "ETag")
+        return answer["ETag"], digests
 
     def _complete(
         self, what: str, bucket: str, key: str, upload_id: str, sent: list[tuple[str, Digests]], digests: Digests
@@ -494,6 +526,19 @@ def _has_md5_etag(answer: dict[str, Any]) -> bool:
 
 
 # What is sent
+
+
+class _Paced(io.BytesIO):
+    """A body that is read no faster than it may be sent: a little at a time, so that its rate holds over any second."""
+
+    def __init__(self, body: bytes, pace: Callable[[int], int]) -> None:
+        super().__init__(body)
+        self._pace = pace
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = len(self.getbuffer()) - self.tell()
+        wanted = left if size is None or size < 0 else min(size, left)
+        return super().read(self._pace(wanted)) if wanted else b""
 
 
 def _kept_with_it(headers: Headers) -> dict[str, Any]:

@@ -7,6 +7,7 @@ exactly the bytes that were hashed and says what became of each.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,11 @@ _OPEN_AT_ONCE = 32  # files of one batch; many batches are prepared side by side
 _KEPT_FILE_BYTES = 1 << 20  # a file up to this size is sent from the bytes that were hashed; a larger one is read twice
 _KEPT_BATCH_BYTES = 8 << 20
 _PART_BYTES = 8 << 20
+_PARTS_AT_ONCE = 4  # of one file
 _MOST_PARTS = 9_000  # S3 allows 10,000
+_PACED_BYTES = 1 << 16
+_PACED_S = 0.02
+_NEVER = threading.Event()
 _PERSISTENCE_S = 8.0  # what one attempt tries to outlast; the ledger's next_attempt_at does the rest
 
 
@@ -58,14 +63,14 @@ class Budget:
     """Bounds the bytes of files that are held in memory at one time; one file may always go."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
         self._used = 0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size_bytes <= self._limit)
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size_bytes <= self.limit_bytes)
             self._used += size_bytes
         try:
             yield
@@ -76,7 +81,7 @@ class Budget:
 
 
 class Bandwidth:
-    """Spaces out what is sent so that it stays below a rate; None is no limit."""
+    """Spaces out what is sent so that it stays below a rate, over any second; None is no limit."""
 
     def __init__(self, bytes_per_s: float | None, *, clock: Clock) -> None:
         self._rate = bytes_per_s
@@ -88,14 +93,20 @@ class Bandwidth:
     def is_unlimited(self) -> bool:
         return not self._rate
 
-    def take(self, size_bytes: int, stop: threading.Event) -> None:
-        """Wait for this many bytes' turn. Raises Draining if `stop` is set first."""
+    def pace(self, size_bytes: int) -> int:
+        """Return how many of these bytes may be sent next, when they may: little at a time, and never none."""
         if not self._rate:
-            return
+            return size_bytes
+        granted = min(size_bytes, max(1, min(_PACED_BYTES, int(self._rate * _PACED_S))))
         with self._lock:
             start = max(self._free_at, self._clock.monotonic())
-            self._free_at = start + size_bytes / self._rate
-        if self._clock.wait(stop, max(0.0, start - self._clock.monotonic())):
+            self._free_at = start + granted / self._rate
+        self._clock.wait(_NEVER, max(0.0, start - self._clock.monotonic()))
+        return granted
+
+    def wait_for_turn(self, stop: threading.Event) -> None:
+        """Wait until what is being sent now is sent. Raises Draining if `stop` is set first."""
+        if self._rate and self._clock.wait(stop, max(0.0, self._free_at - self._clock.monotonic())):
             raise Draining("the daemon is asked to stop")
 
 
@@ -320,35 +331,36 @@ class Uploader:
         size = put.digests.size
         if size >= self._to.multipart_threshold:
             part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-            with self._budget.hold(2 * part_bytes):
+            at_once = max(1, min(_PARTS_AT_ONCE, self._budget.limit_bytes // part_bytes - 2, -(-size // part_bytes)))
+            with self._budget.hold((at_once + 2) * part_bytes):  # one is being read, one is held back
                 return self._store.put_parts(
                     put.bucket, put.key, self._spaced(self._parts(put, part_bytes)), put.headers, put.digests,
-                    on_upload=lambda upload_id: on_upload(put, upload_id),
+                    on_upload=lambda upload_id: on_upload(put, upload_id), at_once=at_once,
                 )  # fmt: skip
         with self._budget.hold(size):
             body = put.body if put.body is not None else b"".join(self._parts(put, _CHUNK_BYTES))
-            self._bandwidth.take(size, self._stop)
+            self._bandwidth.wait_for_turn(self._stop)
             self._demand_claim()
             return self._store.put(put.bucket, put.key, body, put.headers, put.digests)
 
     def _spaced(self, parts: Iterator[bytes]) -> Iterator[bytes]:
         for part in parts:
-            self._bandwidth.take(len(part), self._stop)
+            self._bandwidth.wait_for_turn(self._stop)
             self._demand_claim()
             yield part
         self._demand_claim()  # what follows completes the upload
 
     def _parts(self, put: Put, part_bytes: int) -> Iterator[bytes]:
         """Read a file again, in parts; Changed before the last is used if these are not the bytes that were hashed."""
-        digester = Digester("none")
+        digest = hashlib.sha256()
         held_back = b""
         with self._spool.opened(put.file.file) as fd:
             while part := _read_fully(fd, part_bytes):
-                digester.update(part)
+                digest.update(part)
                 if held_back:
                     yield held_back
                 held_back = part
-            if Identity.of(os.fstat(fd)) != put.file.file.identity or digester.digests().sha256 != put.digests.sha256:
+            if Identity.of(os.fstat(fd)) != put.file.file.identity or digest.hexdigest() != put.digests.sha256:
                 raise Changed(f"read {put.file.file.path}: it was written meanwhile")
         if held_back:
             yield held_back

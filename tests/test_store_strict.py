@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from spoold.digest import ALGORITHMS, Digester, checksum_of
 from spoold.errors import ObjectRefused, SpooldError, StoreDenied, Unproven
 from spoold.model import Digests, Headers, StoredObject
 from spoold.store import Store, confirms
-from tests.proxy import FaultProxy, Flip, FlipAnswer, LoseAnswer, RewriteAnswer
+from tests.proxy import Answer, Fault, FaultProxy, Flip, FlipAnswer, Hold, LoseAnswer, Request, RewriteAnswer, error_body
 from tests.servers import StrictServer
 
 BUCKET = "some-bucket"
@@ -63,9 +64,11 @@ def put(store: Store, body: bytes, *, algorithm: str = "crc32", key: str = KEY, 
     return store.put(BUCKET, key, body, headers, digests_of(body, algorithm))
 
 
-def put_parts(store: Store, parts: list[bytes], algorithm: str, headers: Headers = JPEG) -> StoredObject:
+def put_parts(
+    store: Store, parts: list[bytes], algorithm: str, headers: Headers = JPEG, *, at_once: int = 1
+) -> StoredObject:  # fmt: skip
     return store.put_parts(
-        BUCKET, KEY, iter(parts), headers, digests_of(b"".join(parts), algorithm), on_upload=lambda _: None
+        BUCKET, KEY, iter(parts), headers, digests_of(b"".join(parts), algorithm), on_upload=lambda _: None, at_once=at_once
     )  # fmt: skip
 
 
@@ -226,6 +229,63 @@ def test_parts_that_the_server_has_in_other_order_are_no_object(server: StrictSe
         put_parts(store, [b"a" * PART_BYTES, b"a cat"], "crc32")
 
     assert {} == server.objects(BUCKET)
+
+
+def test_parts_go_side_by_side_and_land_in_any_order(server: StrictServer, proxy: FaultProxy) -> None:
+    third = threading.Event()
+
+    def first_waits_for_third(request: Request) -> Fault | None:
+        if "partNumber=3" in request.path:
+            third.set()
+        return Hold(third) if "partNumber=1&" in f"{request.path}&" else None
+
+    proxy.rules.append(first_waits_for_third)
+    parts = [letter * PART_BYTES for letter in (b"a", b"b", b"c")]
+
+    with store_of(proxy.endpoint_url) as store:
+        put_parts(store, [*parts, b"d"], "crc32", at_once=3)
+
+    assert {KEY: b"".join(parts) + b"d"} == server.objects(BUCKET)
+
+
+def test_an_upload_is_aborted_when_none_of_its_parts_is_under_way_any_more(server: StrictServer, proxy: FaultProxy) -> None:
+    """One that lands after the abort would lie there, and cost money, until somebody finds it."""
+    denied = threading.Event()
+
+    def second_fails_first(request: Request) -> Fault | None:
+        if "partNumber=2" in request.path:
+            denied.set()
+            return Answer(403, error_body("AccessDenied"))
+        return Hold(denied) if "partNumber=" in request.path else None
+
+    proxy.rules.append(second_fails_first)
+
+    with store_of(proxy.endpoint_url) as store, pytest.raises(StoreDenied):
+        put_parts(store, [letter * PART_BYTES for letter in (b"a", b"b", b"c")], "crc32", at_once=3)
+
+    aborted = next(seen for seen in proxy.seen if seen.method == "DELETE")
+    parts = [seen for seen in proxy.seen if "partNumber=" in seen.path]
+    assert all(seen.ended_at is not None and seen.ended_at <= aborted.at for seen in parts)
+    assert [] == server.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "parts"])
+def test_what_is_sent_slowly_is_what_was_to_be_sent(server: StrictServer, payload: str, in_parts: bool) -> None:
+    granted: list[int] = []
+
+    def pace(size: int) -> int:
+        granted.append(min(size, 100_000))
+        return granted[-1]
+
+    body = bytes(range(256)) * 24_000
+    with contextlib.closing(Store(endpoint_url=server.endpoint_url, pace=pace)) as store:
+        if in_parts:
+            put_parts(store, [body[:PART_BYTES], body[PART_BYTES:]], "crc32", at_once=2)
+        else:
+            put(store, body)
+
+    assert {KEY: body} == server.objects(BUCKET)
+    assert len(body) <= sum(granted) < len(body) + 2000, "the bytes are asked for once, and the list of parts"
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS - {"none"}))

@@ -647,17 +647,21 @@ def test_the_budget_is_given_back_whatever_happens() -> None:
         pass
 
 
-def test_bandwidth_spaces_out_what_is_sent() -> None:
+def test_bandwidth_holds_over_any_second() -> None:
     clock = ManualClock()
-    bandwidth = Bandwidth(1000, clock=clock)
-    began = clock.monotonic()
-    moments = []
+    bandwidth = Bandwidth(100_000, clock=clock)
+    sent: list[tuple[float, int]] = []
 
-    for size_bytes in (500, 2000, 1, 0):
-        bandwidth.take(size_bytes, threading.Event())
-        moments.append(clock.monotonic() - began)
+    for size_bytes in (50_000, 200_000, 1, 70_000):
+        while size_bytes > 0:
+            granted = bandwidth.pace(size_bytes)
+            sent.append((clock.monotonic(), granted))
+            size_bytes -= granted
+        clock.advance(0.3)
 
-    assert [0.0, 0.5, 2.5, 2.501] == [round(moment, 6) for moment in moments]
+    most = max(sum(size for at, size in sent if begin <= at < begin + 1.0) for begin, _ in sent)
+    assert 320_001 == sum(size for _, size in sent)
+    assert most <= 102_000, "the rate, and one piece that had begun before"
 
 
 def test_bandwidth_that_was_not_used_is_not_saved_up() -> None:
@@ -666,17 +670,18 @@ def test_bandwidth_that_was_not_used_is_not_saved_up() -> None:
     clock.advance(3600)
     began = clock.monotonic()
 
-    for _ in range(3):
-        bandwidth.take(1000, threading.Event())
+    for _ in range(101):
+        bandwidth.pace(20)
 
-    assert 2.0 == clock.monotonic() - began
+    assert pytest.approx(2.0) == clock.monotonic() - began
 
 
 def test_without_a_limit_nobody_waits() -> None:
     clock = ManualClock()
     before = clock.monotonic()
 
-    Bandwidth(None, clock=clock).take(10**12, threading.Event())
+    assert 10**12 == Bandwidth(None, clock=clock).pace(10**12)
+    Bandwidth(None, clock=clock).wait_for_turn(threading.Event())
 
     assert before == clock.monotonic()
 
@@ -687,4 +692,4 @@ def test_a_daemon_that_drains_waits_for_no_bandwidth() -> None:
     stop.set()
 
     with pytest.raises(Draining):
-        bandwidth.take(10**9, stop)
+        bandwidth.wait_for_turn(stop)

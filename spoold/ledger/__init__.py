@@ -9,7 +9,7 @@ what is true of the data; a claim says who is at it. One class in layers, a file
 from spoold.ledger.clearing import Aside, Clearance, Proof, ReplacedKey
 from spoold.ledger.looking import STATES, TROUBLE, Looking
 from spoold.ledger.rebuilding import Found
-from spoold.ledger.settling import Overwritten
+from spoold.ledger.settling import OpenUpload, Overwritten
 from spoold.ledger.watching import Known
 
 
@@ -17,4 +17,6 @@ class Ledger(Looking):
     """All verbs of the ledger."""
 
 
-__all__ = ["STATES", "TROUBLE", "Aside", "Clearance", "Found", "Known", "Ledger", "Overwritten", "Proof", "ReplacedKey"]
+__all__ = [
+    "STATES", "TROUBLE", "Aside", "Clearance", "Found", "Known", "Ledger", "OpenUpload", "Overwritten", "Proof", "ReplacedKey",
+]  # fmt: skip

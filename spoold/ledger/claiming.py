@@ -41,21 +41,35 @@ class Claiming(Watching):
     # Claims
 
     def claim(
-        self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int, uploads_first: bool = True, at_most: int = 1
+        self,
+        owner: str,
+        spools: Iterable[str],
+        *,
+        lease_s: float,
+        crashes: int,
+        uploads_first: bool = True,
+        at_most: int = 1,
+        patience_s: float = 0.0,
     ) -> list[Claim]:
         """Claim the records of the batches that are due next, of these spools and none that is held.
 
         at_most: how many, of one kind and of not too many bytes together; one under suspicion comes alone.
+        patience_s: how long what is uploaded waits for others to come with it; nobody waits for its files to go.
         crashes: a pending batch whose walks killed their process this often is buried instead. The attempt is written
         down with the claim: a batch that kills us is then counted, not walked for ever (FACTS 31). What was under way in a
         process that died is under suspicion, and an owner walks one such batch at a time: so the innocent end in good order,
         and only the one that kills is counted again.
         """
         asked = {"owner": owner, "spools": list(spools), "crashes": crashes, "at_most": at_most}
-        order = (_UPLOADS_DUE, _CLEARING_DUE) if uploads_first else (_CLEARING_DUE, _UPLOADS_DUE)
+        order = [_UPLOADS_DUE, _CLEARING_DUE] if uploads_first else [_CLEARING_DUE, _UPLOADS_DUE]
         with self.read() as session:  # idle workers ask often: they must not queue up to write
-            if not _due_now(session, order, {**asked, "at_most": 1}, now=self._clock.now(), lease_s=lease_s):
-                return []
+            order = [
+                kind for kind in order
+                if _due_now(session, [kind], {**asked, "at_most": 1}, lease_s=lease_s,
+                            now=self._clock.now() - (patience_s if kind is _CLEARING_DUE else 0.0))
+            ]  # fmt: skip
+        if not order:
+            return []
         with self._unless_unsure() as taken, self.write() as change:
             while rows := _due_now(change.session, order, asked, now=change.now, lease_s=lease_s):
                 chosen: list[Any] = []

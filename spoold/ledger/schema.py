@@ -24,7 +24,7 @@ from sqlalchemy import false as sql_false
 
 metadata = MetaData()
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration; the ledger is brought up to it at start."""
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -170,6 +170,9 @@ intent = Table(  # every PUT and DELETE, written before it starts (contract, sec
     Index("intent_key", "bucket", "key"),
     Index("intent_record", "record_key"),
 )
+
+HAS_UPLOAD = intent.c.upload_id.is_not(None)
+Index("intent_upload", intent.c.id, sqlite_where=HAS_UPLOAD, postgresql_where=HAS_UPLOAD)
 
 object_ = Table(  # the manifest: every live object, with its newest proof
     "object",

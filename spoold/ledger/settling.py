@@ -1,4 +1,4 @@
-"""What the ledger tells of live keys that a version which was given up may have overwritten, and is told of what they hold."""
+"""What versions that were given up have left: live keys that they may have overwritten, uploads that nobody goes on with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import and_, exists, or_, select, update
 
 from spoold.errors import LedgerUnavailable
 from spoold.ledger.clearing import Clearing
-from spoold.ledger.schema import batch, intent, object_, record
+from spoold.ledger.schema import HAS_UPLOAD, batch, claim, intent, object_, record
 from spoold.model import Answer, Digests, State, StoredObject
 
 _AT_ONCE = 500
@@ -35,8 +35,21 @@ class Overwritten:
     doubt_at: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """A multipart upload that was begun and, as far as the ledger knows, neither completed nor aborted."""
+
+    intent: int
+    spool: str
+    record_key: int
+    record: str
+    bucket: str
+    key: str
+    upload_id: str
+
+
 class Settling(Clearing):
-    """The verbs of the settler."""
+    """The verbs of the settler, and of whoever looks for orphans."""
 
     def overwritten(self, spools: Iterable[str]) -> list[Overwritten]:
         """Return the live keys of these spools that may hold something else than the ledger tells, and that nobody works on.
@@ -114,6 +127,38 @@ class Settling(Clearing):
                 "object.overwritten", record_key=key.record_key, spool=key.spool, record=key.record, key=key.key,
                 detail="it holds a version that the app took back before all of it was uploaded",
             )  # fmt: skip
+
+    # Uploads that nobody goes on with
+
+    def open_uploads(self, spools: Iterable[str]) -> list[OpenUpload]:
+        """Return the uploads of these spools' records that nobody has a claim on."""
+        now = self._clock.now()
+        at_work = exists().where(claim.c.record_key == intent.c.record_key, claim.c.until > now)
+        statement = (
+            select(
+                intent.c.id, record.c.spool, intent.c.record_key, record.c.path, intent.c.bucket, intent.c.key,
+                intent.c.upload_id,
+            )
+            .join(record, record.c.id == intent.c.record_key)
+            .where(_IS_OPEN, record.c.spool.in_(list(spools)), ~at_work)
+            .order_by(intent.c.id)
+            .limit(_AT_ONCE)
+        )  # fmt: skip
+        with self.read() as connection:
+            return [OpenUpload(*row) for row in connection.execute(statement)]
+
+    def aborted(self, upload: OpenUpload) -> None:
+        """Write down that an upload is no more."""
+        with self.write() as change:
+            change.execute(update(intent).where(intent.c.id == upload.intent, _IS_OPEN).values(upload_id=None))
+            change.tell(
+                "upload.aborted", record_key=upload.record_key, spool=upload.spool, record=upload.record, key=upload.key,
+                detail="nobody went on with it",
+            )  # fmt: skip
+
+
+# What was confirmed keeps its id, and is complete.
+_IS_OPEN = and_(HAS_UPLOAD, intent.c.answer.is_distinct_from(Answer.CONFIRMED))
 
 
 def _in_parts(ids: list[int]) -> list[list[int]]:

@@ -506,9 +506,9 @@ def test_a_large_file_that_changes_under_way_is_aborted_and_goes_up_anew(site: S
     proxy.on("PUT", VIDEO, Delay(gate), times=1)
 
     with site.daemon() as daemon:
-        path = App(site.root).save("videos", 1, "clip.bin", {"original": large(1)})["original"]
+        path = App(site.root).save("videos", 1, "clip.bin", {"original": large(1, 60_000_000)})["original"]
         proxy.await_seen("PUT", VIDEO)
-        path.write_bytes(large(2))
+        path.write_bytes(large(2, 60_000_000))
         gate.set()
         superseded = daemon.until_event("batch.superseded")
         site.until_state("videos/1", "done")
@@ -516,7 +516,7 @@ def test_a_large_file_that_changes_under_way_is_aborted_and_goes_up_anew(site: S
 
     assert "written meanwhile" in superseded["detail"]
     assert any("uploadId=" in delete.path for delete in proxy.requests("DELETE", VIDEO)), "the first upload was aborted"
-    site.demand_laws({VIDEO: large(2)})
+    site.demand_laws({VIDEO: large(2, 60_000_000)})
 
 
 @pytest.mark.soak
