@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import sqlalchemy
 from spoold.errors import LedgerUnavailable
 from spoold.ledger import Ledger
 from spoold.ledger.schema import about
+from spoold.model import Answer
 from tests.nth import Fail, Hand, Op, ledger_says
-from tests.parts import Bench, captured, told
+from tests.parts import NAME, RECORD, Bench, captured, told
 
 
 @pytest.fixture
@@ -163,3 +166,25 @@ def test_a_commit_that_fails_is_told_to_all_of_its_group(bench: Bench) -> None:
     assert ["c", "the first"] == noted(bench)
     assert ["the first"] == [line["path"] for line in told(lines, "noted")]
     assert ["disk I/O error"] == [str(fault).rpartition(": ")[2] for fault in faults]
+
+
+def test_a_commit_that_fails_leaves_no_lock(bench: Bench) -> None:
+    """SQLite keeps a connection that was closed for as long as there is a statement of it; we waited for ourselves for ever."""
+    bench.ledger.done(bench.batch_stored({"original/cat.jpg": b"a cat"}), None)
+    (bench.root / RECORD / "original/cat.jpg").unlink()
+    bench.ledger.done(bench.batch_stored({"original/dog.jpg": b"a dog"}), None)
+    bench.clock.advance(2 * 86400.0)
+    [key] = bench.ledger.replaced_due([NAME])
+    intent = bench.ledger.intend_delete(key)
+    assert intent is not None
+    bench.ledger.close()  # connections that are made from now on are in the hand
+
+    is_change = lambda op: op.name == "COMMIT" and op.is_effect  # noqa: E731
+    with Hand(Fail("ledger", 1, ledger_says("disk I/O error"), only=is_change)), captured():
+        with pytest.raises(LedgerUnavailable, match="disk I/O error") as kept:
+            bench.ledger.deleted(key, intent, Answer.CONFIRMED)
+        with contextlib.closing(sqlite3.connect(bench.ledger_file, timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")  # while somebody still has the fault, and with it all that was going on
+
+    assert kept.value.__traceback__ is not None
+    assert [key] == bench.ledger.replaced_due([NAME])

@@ -6,6 +6,7 @@ does, and a walk runs about eighty. So those of every walk are made once, and so
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,6 +166,15 @@ class Session:
             self._driver.rollback()
 
     def close(self) -> None:
+        """Take back what is not committed, and close.
+
+        Not SQLAlchemy alone: where its commit failed it takes nothing back, and SQLite keeps a connection, with its lock, for
+        as long as anybody has a statement of it. We would wait for ourselves for ever.
+        """
+        with contextlib.suppress(Exception):  # what has failed already may fail here too
+            self._cursor.close()
+        with contextlib.suppress(Exception):
+            self._driver.rollback()
         self._connection.close()
 
 
