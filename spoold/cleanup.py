@@ -309,6 +309,9 @@ class Cleaner:
                 with self._aside.directory() as aside:
                     os.unlink(file.aside_name, dir_fd=aside)
             except (Vanished, FileNotFoundError):
+                if self._aside.inode_of(file.aside_name) is not None:  # it was not found once: a network filesystem may say so
+                    waits.append(Due(_LOOK_AGAIN_S, "grace"))
+                    continue
                 if self._spool.identity_of(file.file.path) == file.file.identity:
                     self._ledger.not_aside(file)  # written down, but never renamed
                     waits.append(Due(_LOOK_AGAIN_S, "min_age"))

@@ -241,7 +241,7 @@ class Bucket:
 
     def put_parts(
         self, bucket: str, key: str, parts: Iterable[bytes], headers: Headers, digests: Digests, *,
-        on_upload: Callable[[str], None],
+        on_upload: Callable[[str], None], at_once: int,
     ) -> StoredObject:  # fmt: skip
         what = f"put {key}"
         try:

@@ -373,6 +373,24 @@ def test_nothing_is_lost_that_is_written_late_by_who_opened_between_the_look_and
     assert nothing_is_lost(bench, writer)
 
 
+def test_a_file_that_is_not_found_aside_once_is_looked_for_again(bench: Bench) -> None:
+    """A network filesystem may say ESTALE. It lay there for ever."""
+    claim = bench.batch_stored({"original/cat.jpg": b"a cat"})
+    cleaner = bench.cleaner(grace_s=10.0)
+    step(bench, cleaner, claim)
+    bench.clock.advance(10.0)
+    claim = bench.claimed()
+
+    fault = Fail("os", 2, refuses(errno.ESTALE), only=lambda op: op.name == "openat2")  # the first opens aside/
+    with Hand(fault):
+        due = step(bench, cleaner, claim)
+
+    assert fault.hit is not None and due is not None
+    bench.clock.advance(due.in_s)
+    clear(bench, cleaner, bench.claimed())
+    assert ([], [], "done") == (bench.aside(), bench.files(), bench.state())
+
+
 @every_writer("replace", "truncate", "in place")
 def test_nothing_is_lost_that_is_written_while_the_file_lies_aside(bench: Bench, writer: Writer) -> None:
     cleaner = bench.cleaner(grace_s=10.0)
