@@ -28,6 +28,7 @@ from spoold.steps import Turn
 from spoold.store import Store
 from spoold.uploader import Bandwidth, Budget, Destination, Uploader
 from spoold.watcher import Watcher
+from spoold.window import Window
 
 log = structlog.get_logger()
 
@@ -37,7 +38,7 @@ LEDGER_LOST = -1
 
 _MOST_WORKERS = 4
 _SIDE_BY_SIDE = 32  # batches that one worker walks at once
-_AUTO_CONCURRENCY = 16
+_AUTO_CONCURRENCY = 32
 _QUICK_CONCURRENCY = 128
 _MEMORY_BYTES = 64 << 20  # of files in flight
 _PATIENCE_S = 0.1  # so that what is let go a little later goes with others
@@ -92,6 +93,13 @@ class Daemon:
             quick_connections=quick if settings.upload.client == "fast" else 0, pool=self._part_pool,
             pace=None if self._bandwidth.is_unlimited else self._bandwidth.pace,
         )  # fmt: skip
+        most = quick if settings.upload.client == "fast" else concurrency
+        self._windows = {
+            spool.bucket: Window(
+                spool.bucket, at_most=most, is_pinned=settings.upload.concurrency != "auto", clock=self._clock
+            )
+            for spool in settings.spools
+        }  # fmt: skip
         self._budget = Budget(_MEMORY_BYTES)
         self._ages = Ages(self._clock)
         self._spools = {spool.name: self._spool(spool) for spool in settings.spools}
@@ -163,7 +171,7 @@ class Daemon:
         uploader = Uploader(
             spool=self._spools[spool.name], store=self._store, destination=self._destination(spool),
             budget=self._budget, bandwidth=self._bandwidth, clock=self._clock, stop=self._stop,
-            demand_claim=self._owner.demand, turn=self._turn,
+            demand_claim=self._owner.demand, turn=self._turn, window=self._windows[spool.bucket],
         )  # fmt: skip
         return Parts(
             spool=self._spools[spool.name], uploader=uploader, cleaner=self._cleaners[spool.name],

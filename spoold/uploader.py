@@ -27,6 +27,7 @@ from spoold.model import ORIGINAL, Answer, Batch, BatchFile, Digests, Headers, I
 from spoold.spool import Spool, begin_to_write_out, fault_of
 from spoold.steps import Ask, Steps, Turn
 from spoold.store import Store
+from spoold.window import Window
 
 log = structlog.get_logger()
 
@@ -36,6 +37,7 @@ _OPEN_AT_ONCE = 32  # files of one batch; many batches are prepared side by side
 _KEPT_FILE_BYTES = 1 << 20  # a file up to this size is sent from the bytes that were hashed; a larger one is read twice
 _KEPT_BATCH_BYTES = 8 << 20
 _PART_BYTES = 8 << 20
+_AT_MOST = 16
 _PARTS_AT_ONCE = 4  # of one file
 _MOST_PARTS = 9_000  # S3 allows 10,000
 _PACED_BYTES = 1 << 16
@@ -116,12 +118,13 @@ class Uploader:
     pool: runs the PUTs of all batches in flight, so its size is `upload.concurrency`. stop: set when the daemon drains:
     nothing new is sent then, and no try is repeated. demand_claim: raises ClaimLost unless our claims surely last; asked
     before every request, since what a daemon sends that was frozen past its claim lands on a newer version. turn: given away
-    while the disk writes.
+    while the disk writes. window: bounds what is under way to the bucket.
     """
 
     def __init__(
         self, *, spool: Spool, store: Store, destination: Destination, budget: Budget, bandwidth: Bandwidth,
         clock: Clock, stop: threading.Event, demand_claim: Callable[[], None], turn: Turn | None = None,
+        window: Window | None = None,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._store = store
@@ -132,6 +135,7 @@ class Uploader:
         self._stop = stop
         self._demand_claim = demand_claim
         self._turn = turn or Turn()
+        self._window = window or Window(destination.bucket, at_most=_AT_MOST, is_pinned=False, clock=clock)
 
     # Before the intent
 
@@ -234,8 +238,25 @@ class Uploader:
         return results + [PutResult(put, Answer.REFUSED, error=unsent) for put in others]
 
     def _begin(self, put: Put, on_upload: Callable[[Put, str], None], pool: Executor) -> Future[PutResult]:
-        """Begin a PUT: the quick way, where there is one and nothing is special about it; what that leaves open is `_put`'s."""
+        """Begin a PUT when its destination has room for one more.
+
+        The quick way, where there is one and nothing is special about it; what that leaves open is `_put`'s.
+        """
         future: Future[PutResult] = Future()
+        if put.adopted is not None and not put.abandoned:
+            future.set_result(PutResult(put, Answer.CONFIRMED, put.adopted))
+            return future
+        began_at = 0.0
+
+        def begin() -> None:
+            nonlocal began_at
+            began_at = self._clock.monotonic()
+            if not self._is_plain(put) or not self._begin_quickly(put, done):
+                go_on(None)
+
+        def left(ended: Future[PutResult]) -> None:
+            is_fault = ended.cancelled() or ended.exception() is not None
+            self._window.leave(began_at, is_well=not is_fault and not isinstance(ended.result().error, StoreUnavailable))
 
         def go_on(doubt_at: float | None) -> None:
             try:
@@ -252,8 +273,8 @@ class Uploader:
             else:
                 go_on(None if getattr(end, "never_sent", False) else self._clock.now())
 
-        if not self._is_plain(put) or not self._begin_quickly(put, done):
-            go_on(None)
+        future.add_done_callback(left)
+        self._window.enter(begin)
         return future
 
     def _is_plain(self, put: Put) -> bool:
@@ -331,8 +352,9 @@ class Uploader:
         size = put.digests.size
         if size >= self._to.multipart_threshold:
             part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-            at_once = max(1, min(_PARTS_AT_ONCE, self._budget.limit_bytes // part_bytes - 2, -(-size // part_bytes)))
-            with self._budget.hold((at_once + 2) * part_bytes):  # one is being read, one is held back
+            room = self._budget.limit_bytes // part_bytes - 2  # one is being read, one is held back
+            at_once = max(1, min(_PARTS_AT_ONCE, self._window.limit, room, -(-size // part_bytes)))
+            with self._budget.hold((at_once + 2) * part_bytes):
                 return self._store.put_parts(
                     put.bucket, put.key, self._spaced(self._parts(put, part_bytes)), put.headers, put.digests,
                     on_upload=lambda upload_id: on_upload(put, upload_id), at_once=at_once,

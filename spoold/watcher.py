@@ -41,6 +41,7 @@ _HEALTH_EVERY_S = 1.0
 _BLIND_SWEEP_EVERY_S = 30.0  # while not all directories are watched, or ten times as long as a sweep takes
 _AT_MOST_A_TENTH = 10
 _SUSPECTS_AT_MOST = 1_000
+_LINES_AT_MOST = 100
 
 
 class Watcher:
@@ -73,7 +74,7 @@ class Watcher:
         self._due: dict[str, float] = {}  # record → when to look, monotonic seconds
         self._first_touch: dict[str, float] = {}
         self._settling: set[str] = set()
-        self._order: list[tuple[float, str]] = []
+        self._order = _Lines()
         self._sweeps: deque[_Sweep] = deque()
         self._counted: _Sweep | None = None  # the newest whole sweep, until its suspects are judged
         self._sweep_cost_s = 0.0
@@ -136,7 +137,7 @@ class Watcher:
         if self._sweeps and len(self._settling) < _PENDING_AT_MOST:
             return 0.0
         now = self._clock.monotonic()
-        return min(0.05, max(0.0, self._order[0][0] - now)) if self._order else 0.05
+        return min(0.05, max(0.0, self._order.next_due_at() - now))
 
     # Hints
 
@@ -169,13 +170,18 @@ class Watcher:
         first = self._first_touch.setdefault(record, now)
         self._schedule(record, min(now + _DEBOUNCE_S, first + _DEBOUNCE_AT_MOST_S), settling=True)
 
-    def _schedule(self, record: str, due: float, *, settling: bool) -> None:
+    def _schedule(self, record: str, due: float, *, settling: bool, is_swept: bool = False) -> None:
         self._due[record] = due
-        heapq.heappush(self._order, (due, record))
+        line = self._line_of(record)
+        self._order.add(f"{line} swept" if is_swept else line, due, record)  # what is new waits for no backlog
         if settling:
             self._settling.add(record)
         else:
             self._settling.discard(record)
+
+    def _line_of(self, record: str) -> str:
+        """Return the attachment's directory of a record: each has a line of its own."""
+        return "/".join(record.split("/")[: self._spool.layout.floor_of(record)])
 
     # Looks
 
@@ -199,8 +205,8 @@ class Watcher:
     def _next_due(self, now: float, *, at_most: int) -> list[str]:
         """Take the records out of the order that are to be looked at next."""
         records: list[str] = []
-        while len(records) < at_most and self._order and self._order[0][0] <= now:
-            due, record = heapq.heappop(self._order)
+        while len(records) < at_most and (first := self._order.take(now)):
+            due, record = first
             if self._due.get(record) == due and record not in records:  # else it was touched again, or looked at since
                 records.append(record)
         return records
@@ -261,7 +267,7 @@ class Watcher:
                 self._touch_soon(found, now)
             elif found not in self._settling:  # it may be due in minutes only, when `within` ends
                 current.records += 1
-                self._schedule(found, now, settling=True)
+                self._schedule(found, now, settling=True, is_swept=True)
         if current.is_whole and not self._is_ready:
             self._is_ready = True
             self._on_ready()
@@ -425,6 +431,37 @@ class Watcher:
             self._observing.end()
             self._on_broken(fault)  # where the ledger is gone too, this is told once it answers
             self._is_broken = True
+
+
+class _Lines:
+    """Which record is to be looked at next: the first of each line in turn, of those that are due."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[tuple[float, str]]] = {}  # in the order of their turns; each a heap
+
+    def add(self, line: str, due: float, record: str) -> None:
+        if line not in self._lines and len(self._lines) >= _LINES_AT_MOST:
+            line = ""
+        heapq.heappush(self._lines.setdefault(line, []), (due, record))
+
+    def take(self, now: float) -> tuple[float, str] | None:
+        """Take out what is next; None if nothing is due."""
+        for line, records in self._lines.items():
+            if records[0][0] <= now:
+                del self._lines[line]  # its next turn comes last
+                first = heapq.heappop(records)
+                if records:
+                    self._lines[line] = records
+                return first
+        return None
+
+    def next_due_at(self) -> float:
+        """Return when the next record is due, monotonic seconds; inf if there is none."""
+        return min((records[0][0] for records in self._lines.values()), default=float("inf"))
+
+    def __iter__(self) -> Iterator[tuple[float, str]]:
+        for records in self._lines.values():
+            yield from records
 
 
 @dataclass(slots=True)

@@ -52,7 +52,7 @@ _RESTARTED_AFTER_S = 5.0
 _OF_THE_MOMENT = {
     "dev", "ino", "mtime_ns", "ctime_ns", "fingerprint", "created_at", "first_seen_at", "updated_at", "stored_at", "done_at",
     "stored_moment", "due_at", "started_at", "proven_at", "uploaded_at", "doubt_at", "next_attempt_at", "until", "since",
-    "upload_id", "bucket", "owner",
+    "upload_id", "bucket", "owner", "behind_s",
 }  # fmt: skip
 _DRAFTS = (f"{HOUSE}/owner.", f"{HOUSE}/lease.")
 """What a fault or a kill may leave of our own: empty files, without a byte of anybody."""
@@ -190,7 +190,7 @@ class Turned(daemon.Daemon):
         for _ in range(50):
             if watcher.step() > 0 and (watcher.is_idle or watcher._is_broken):
                 break
-            if watcher._order and watcher._order[0][0] > self._clock.monotonic() and not watcher._sweeps:
+            if self._clock.monotonic() < watcher._order.next_due_at() < float("inf") and not watcher._sweeps:
                 break
         with contextlib.suppress(_Idle):
             self._work_on(True)

@@ -2168,3 +2168,65 @@ def test_a_claim_of_a_record_that_was_taken_or_given_back_unknown_to_its_owner_i
     bench.ledger.renew("me", lease_s=LEASE_S)
 
     assert [] == bench.ledger.owners()
+
+
+# Fairness
+
+
+def claimed_in_order(bench: Bench, at_most: int = 1000) -> list[str]:
+    """Claim one after the other, and return the records."""
+    records: list[str] = []
+    while len(records) < at_most and (claim := bench.claim()) is not None:
+        records.append(claim.batch.record)
+    return records
+
+
+def test_an_attachment_with_very_many_records_lets_another_with_one_go_first(bench: Bench) -> None:
+    for number in range(50):
+        offered(bench, CAT, f"avatars/{number}")
+    offered(bench, CAT, "logos/1")
+    offered(bench, CAT, "logos/2")
+
+    order = claimed_in_order(bench)
+
+    assert order.index("logos/1") < 3 and order.index("logos/2") < 5
+    assert [f"avatars/{number}" for number in range(50)] == [record for record in order if record.startswith("avatars/")]
+
+
+def test_a_large_record_lets_small_ones_go_first_but_not_for_ever(bench: Bench) -> None:
+    large = bench.root / "avatars/0/original/cat.bin"
+    large.parent.mkdir(parents=True)
+    with open(large, "wb") as file:
+        file.truncate(50_000_000)
+    bench.offer("avatars/0")
+    offered(bench, CAT, "avatars/1")
+    bench.clock.advance(40.0)
+    offered(bench, CAT, "avatars/2")
+    bench.clock.advance(20.0)
+    offered(bench, CAT, "avatars/3")
+
+    assert ["avatars/1", "avatars/2", "avatars/0", "avatars/3"] == claimed_in_order(bench)
+
+
+def test_what_is_new_does_not_wait_for_a_backlog_of_its_own_attachment(bench: Bench) -> None:
+    for number in range(20):
+        write(bench, CAT, f"avatars/{number}")
+    bench.clock.advance(3600.0)
+    for number in range(20):
+        bench.offer(f"avatars/{number}")
+    bench.clock.advance(-3600.0)
+    offered(bench, CAT, "avatars/new")
+    bench.clock.advance(3600.0)
+
+    assert claimed_in_order(bench).index("avatars/new") < 3
+
+
+def test_what_was_tried_has_had_its_place_in_the_queue(bench: Bench) -> None:
+    for number in range(20):
+        offered(bench, CAT, f"avatars/{number}")
+    tried = [bench.claimed() for _ in range(10)]
+    bench.ledger.put_back(tried[8])
+    bench.ledger.defer(tried[9], StoreUnavailable("put: 503"), 1.0)
+    bench.clock.advance(1.0)
+
+    assert ["avatars/8", "avatars/9"] == claimed_in_order(bench, 2)

@@ -861,3 +861,42 @@ def test_a_record_whose_look_failed_is_looked_at_again(bench: Bench, monkeypatch
     watch.until(lambda: bench.state() == "receiving", "the record is seen")
 
     assert [SpoolBroken] == [type(fault) for fault in watch.broken]
+
+
+# Whose turn it is
+
+
+def looked_at(watch: Watch) -> list[str]:
+    """Return a list to which each record is added when it is looked at."""
+    records: list[str] = []
+    look = watch.looker.look
+
+    def tell(record: str) -> Any:
+        records.append(record)
+        return look(record)
+
+    watch.looker.look = tell  # type: ignore[method-assign]
+    return records
+
+
+def test_an_attachment_with_very_many_changes_lets_another_with_one_be_looked_at(blind: Watch) -> None:
+    blind.turn()
+    records = looked_at(blind)
+    for number in range(300):
+        blind.watcher.touch(f"avatars/{number}")
+    blind.watcher.touch("logos/1")
+    blind.turn(2)
+
+    assert records.index("logos/1") < 8
+    assert len(records) > 100, "and the others are looked at too"
+
+
+def test_what_is_new_is_looked_at_between_what_a_sweep_has_found(blind: Watch) -> None:
+    save_all(blind.bench, 300)
+    records = looked_at(blind)
+    blind.turn()
+    first = len(records)
+    blind.watcher.touch("avatars/new")
+    blind.turn()
+
+    assert 0 < first <= records.index("avatars/new") < first + 8

@@ -14,6 +14,7 @@ from spoold.ledger.database import Transaction
 from spoold.ledger.schema import (
     IS_NOT_PENDING,
     IS_PENDING,
+    MOST_BEHIND_S,
     PUT_BACK_S,
     QUEUED_AT,
     batch,
@@ -317,7 +318,8 @@ def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every 
     """Select the batches of this kind that may be claimed next, by due time.
 
     A claim that runs longer than a lease from now was written before the clock jumped back: it has run out too.
-    Each crash puts a batch back in the queue, so that it is not the same one that is under way whenever we are killed.
+    Each crash puts a batch back in the queue, so that it is not the same one that is under way whenever we are killed; so does
+    what stood before it in its line when it was offered, and its size (`Watching._behind_s`).
     The partial indexes `batch_uploads` and `batch_rest` are in this order, so that it costs the same however many wait.
     """
     now, crashes = bindparam("now", type_=Float), bindparam("crashes", type_=Integer)
@@ -339,7 +341,7 @@ def _due(*, uploads: bool):  # type: ignore[no-untyped-def]  # spells out every 
     one_is_walked = exists().where(
         claim.c.batch_id == walked.c.id, claim.c.owner == bindparam("owner"), claim.c.until > now, walked.c.crashes > 1
     )
-    at_most = now + crashes * PUT_BACK_S
+    at_most = now + crashes * PUT_BACK_S + MOST_BEHIND_S
     return due.where(IS_PENDING, QUEUED_AT <= at_most, or_(~suspected, ~one_is_walked)).order_by(QUEUED_AT, batch.c.id)
 
 

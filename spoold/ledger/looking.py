@@ -198,7 +198,7 @@ class Looking(Rebuilding):
                 if row.batch is None and row.sighted is None:
                     continue
                 if row.batch is not None:
-                    values: dict[str, Any] = {"due_at": change.now, "crashes": 0}
+                    values: dict[str, Any] = {"due_at": change.now, "behind_s": 0.0, "crashes": 0}
                     if row.state == State.DEAD:
                         values |= {"state": State.PENDING, "waiting_for": "attempt", "attempts": 0, "error_code": None,
                                    "error": None, "hint": None}  # fmt: skip

@@ -24,7 +24,7 @@ from sqlalchemy import false as sql_false
 
 metadata = MetaData()
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration; the ledger is brought up to it at start."""
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -95,15 +95,19 @@ batch = Table(
     Column("stored_at", Text),
     Column("stored_moment", Float),
     Column("done_at", Text),
+    Column("behind_s", Float, nullable=False, server_default="0"),  # how far back in the queue it was put at first
     Index("batch_record", "record_key"),
 )
 
 PUT_BACK_S = 60.0
 """How far each crash puts a pending batch back in the queue; nothing waits longer for it, where nothing else is due."""
 
+MOST_BEHIND_S = 3600.0
+"""How far back in the queue a batch is put at most when it is offered."""
+
 IS_PENDING = batch.c.state == literal_column("'pending'")  # spelled out, or the partial indexes are of no use
 IS_NOT_PENDING = batch.c.state != literal_column("'pending'")
-QUEUED_AT = batch.c.due_at + batch.c.crashes * literal_column(str(PUT_BACK_S))
+QUEUED_AT = batch.c.due_at + batch.c.crashes * literal_column(str(PUT_BACK_S)) + batch.c.behind_s
 
 Index("batch_uploads", QUEUED_AT, batch.c.id, sqlite_where=IS_PENDING, postgresql_where=IS_PENDING)
 Index(

@@ -291,7 +291,7 @@ class Walking(Claiming):
         """Give the claim back with the batch as it was: the destination is held, or the daemon drains. No attempt is spent."""
         with self.write() as change:
             if was := self._standing(change, mine):
-                self._end(change, mine, was, due_at=change.now)
+                self._end(change, mine, was, due_at=change.now, behind_s=0.0)
 
     def defer(self, mine: Claim, fault: SpooldError, due_in_s: float) -> None:
         """Later again: an attempt is spent."""
@@ -299,7 +299,7 @@ class Walking(Claiming):
             was = self._demand(change, mine)
             attempt = mine.batch.attempts + 1
             self._end(
-                change, mine, was, due_at=change.now + due_in_s, waiting_for="retry", attempts=attempt,
+                change, mine, was, due_at=change.now + due_in_s, behind_s=0.0, waiting_for="retry", attempts=attempt,
                 next_attempt_at=iso(change.now + due_in_s), error_code=fault.code, error=str(fault), hint=fault.hint,
             )  # fmt: skip
             self._touched(change, mine.batch.record_key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, ins
 
 from spoold.clock import Clock
 from spoold.ledger.database import Database, Transaction
-from spoold.ledger.schema import about, batch, batch_file, elsewhere, object_, record, sighting
+from spoold.ledger.schema import MOST_BEHIND_S, about, batch, batch_file, elsewhere, object_, record, sighting
 from spoold.ledger.statements import Statement
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
 
 _AT_ONCE = 500
+_LINES_KEPT = 10_000
+_A_FILE_S, _A_BYTE_S, _OLD_S = 0.1, 1e-6, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Watching(Database):
         super().__init__(url, clock=clock, create=create)
         self._given_up: set[int] = set()  # records of which a version was given up: what has come of its PUTs is to be seen
         self._has_all_to_settle = True
+        self._lines: dict[tuple[str, str, bool], float] = {}  # spool, attachment, old → the line's end, monotonic seconds
 
     def known(self, spool: str, path: str) -> Known:
         """Return what is known of the record at `path`."""
@@ -126,6 +129,7 @@ class Watching(Database):
                 "record_key": key, "state": State.PENDING, "fingerprint": mark, "decided_by": decided_by, "version": version,
                 "files": len(files), "bytes": size_bytes, "attempts": 0, "crashes": 0, "due_at": change.now,
                 "waiting_for": "attempt", "created_at": change.at,
+                "behind_s": self._behind_s(change.now, (spool, snapshot.attachment), files),
             }  # fmt: skip
             new: int = change.execute(_INSERT_BATCH, row).scalar_one()
             members = files if snapshot.marker is None else [*files, snapshot.marker]
@@ -137,6 +141,22 @@ class Watching(Database):
             )  # fmt: skip
             self._supersede(change, key, before=new)
             return new
+
+    def _behind_s(self, now: float, whose: tuple[str, str], files: Sequence[SpooledFile]) -> float:
+        """Return how many seconds late a batch is to be taken for when its place in the queue is found.
+
+        Each attachment of each spool has a line of its own, and another for what is old: what comes stands behind what came
+        before it there, as if each file took a tenth of a second, so that one with a hundred thousand lets one with a single
+        record go first. What is large stands further back, by a second for each megabyte. It is lateness, and no rank, so
+        nobody waits for ever.
+        """
+        moment = self._clock.monotonic()
+        if len(self._lines) >= _LINES_KEPT:
+            self._lines = {line: end for line, end in self._lines.items() if end > moment}
+        is_old = all(file.identity.ctime_ns / 1e9 < now - _OLD_S for file in files)
+        line = (*whose, is_old)
+        end = self._lines[line] = max(moment, self._lines.get(line, 0.0)) + _A_FILE_S * len(files)
+        return min(MOST_BEHIND_S, end - moment + sum(file.identity.size for file in files) * _A_BYTE_S)
 
     def nothing_waits(self, spool: str, path: str, *, is_empty: bool) -> None:
         """Write down that nothing of a record is incomplete any more; if it is empty, what was not uploaded is gone.
