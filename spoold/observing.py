@@ -56,11 +56,13 @@ class _Hints(FileSystemEventHandler):
     """What watchdog's thread calls: it only enqueues, since a handler that raises kills the dispatcher."""
 
     inbox: queue.SimpleQueue[tuple[str, bool]]
+    bell: threading.Event
 
     def dispatch(self, event: FileSystemEvent) -> None:
         for path in (event.src_path, event.dest_path):
             if path:
                 self.inbox.put((os.fsdecode(path), event.is_directory))
+        self.bell.set()
 
 
 class _OverflowEar(logging.Handler):
@@ -82,11 +84,15 @@ class _OverflowEar(logging.Handler):
 
 
 class Observing:
-    """Listens to what happens below a spool's root. All but the inbox belongs to the thread that watches."""
+    """Listens to what happens below a spool's root. All but the inbox belongs to the thread that watches.
+
+    bell: is set when something has happened.
+    """
 
     def __init__(self, *, spool: Spool, clock: Clock) -> None:
         self._spool = spool
         self._clock = clock
+        self.bell = threading.Event()
         self._inbox: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
         self._observer: BaseObserver | None = None
         self._ear = _OverflowEar()
@@ -103,7 +109,7 @@ class Observing:
         self.end()
         began = self._clock.monotonic()
         self._ear.has_heard.clear()
-        hints = _Hints(self._inbox)
+        hints = _Hints(self._inbox, self.bell)
         observer = Observer()
         try:
             observer.start()

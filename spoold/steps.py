@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
@@ -51,20 +52,39 @@ class Turn:
 
     More would not be faster, since one at a time is all that the interpreter lets run; but they would take it from each
     other at every call to the OS, some thousand times for each record, and that costs as much again (docs/performance.md).
-    Nobody has the turn while he waits: for the disk, for a store, for the ledger's commit.
+    Nobody has the turn while he waits: for the disk, for a store, for the ledger's commit. Who asks first has it first.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._is_taken = False
+        self._waiting: deque[threading.Lock] = deque()  # each is released when it is handed over
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        with self._lock:
+            handed_over = threading.Lock() if self._is_taken else None
+            self._is_taken = True
+            if handed_over is not None:
+                handed_over.acquire()
+                self._waiting.append(handed_over)
+        if handed_over is not None:
+            handed_over.acquire()
         self._holder = threading.get_ident()
 
     def __exit__(self, *_: object) -> None:
         self._holder = None
-        self._lock.release()
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_taken = False
+
+    def pass_on(self) -> None:
+        """Let those who wait have it first, if it is ours: who does little is not to wait until one who does much is done."""
+        if self._waiting and self._holder == threading.get_ident():
+            self.__exit__()
+            self.__enter__()
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -106,6 +126,7 @@ class SideBySide:
             writing = []
             with turn:
                 for lane in ready:
+                    self._turn.pass_on()
                     step = lane.go_on()
                     if isinstance(step, Write):
                         writing.append((lane, step))

@@ -27,7 +27,7 @@ from spoold.steps import SideBySide, Steps, Turn
 
 log = structlog.get_logger()
 
-_DEBOUNCE_S = 0.05  # a save's files come within milliseconds: one look sees them all
+_DEBOUNCE_S = 0.005  # a save's files come within milliseconds: one look sees them all
 _DEBOUNCE_AT_MOST_S = 0.5
 _HINTS_A_TURN = 10_000
 _LOOKS_A_TURN = 100
@@ -92,6 +92,7 @@ class Watcher:
     def touch(self, record: str) -> None:
         """Have a record looked at again soon; may be called from any thread."""
         self._touched.put(record)
+        self._observing.bell.set()
 
     @property
     def is_idle(self) -> bool:
@@ -109,9 +110,10 @@ class Watcher:
         """Watch until `stop` is set."""
         try:
             while not stop.is_set():
+                self._observing.bell.clear()
                 wait_s = self.step()
                 if wait_s > 0:
-                    self._clock.wait(stop, wait_s)
+                    self._clock.wait(self._observing.bell, wait_s)
         finally:
             self.close()
 

@@ -510,11 +510,10 @@ def test_a_large_file_that_changes_under_way_is_aborted_and_goes_up_anew(site: S
         proxy.await_seen("PUT", VIDEO)
         path.write_bytes(large(2, 60_000_000))
         gate.set()
-        superseded = daemon.until_event("batch.superseded")
+        daemon.until_event("batch.superseded")  # by its own walk, or by the newer one
         site.until_state("videos/1", "done")
         daemon.demand_legal_path("videos/1")
 
-    assert "written meanwhile" in superseded["detail"]
     assert any("uploadId=" in delete.path for delete in proxy.requests("DELETE", VIDEO)), "the first upload was aborted"
     site.demand_laws({VIDEO: large(2, 60_000_000)})
 
