@@ -90,17 +90,19 @@ class Missing(SpooldError):
 class Cleaner:
     """Clears the batches of one spool.
 
-    demand_claim: raises ClaimLost unless our claims surely last; asked before every effect.
+    demand_claim: raises ClaimLost unless our claims surely last; asked before every effect. touch: has the watcher look at a
+    record: it holds something that nobody may have told of.
     """
 
     def __init__(
         self, *, spool: Spool, ledger: Ledger, store: Store, rules: Rules, ages: Ages, clock: Clock,
-        demand_claim: Callable[[], None],
+        demand_claim: Callable[[], None], touch: Callable[[str], None] = lambda record: None,
     ) -> None:  # fmt: skip
         self._spool = spool
         self._ledger = ledger
         self._store = store
         self._rules = rules
+        self._touch = touch
         self._ages = ages
         self._clock = clock
         self._demand_claim = demand_claim
@@ -220,6 +222,7 @@ class Cleaner:
                         ready.append(dataclasses.replace(file, aside_name=aside_name(claim.batch.id, file)))
         if foreign:
             yield Write(partial(self._ledger.let_go, claim, foreign, deleted=False))
+            self._touch(claim.batch.record)
         if not ready:
             return waits
         self._demand_claim()

@@ -151,7 +151,7 @@ class Daemon:
         )  # fmt: skip
         return Cleaner(
             spool=self._spools[spool.name], ledger=self._ledger, store=self._store, rules=rules, ages=self._ages,
-            clock=self._clock, demand_claim=self._owner.demand,
+            clock=self._clock, demand_claim=self._owner.demand, touch=lambda record: self._watchers[spool.name].touch(record),
         )  # fmt: skip
 
     def _watcher(self, spool: config.Spool) -> Watcher:

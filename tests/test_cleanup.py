@@ -544,6 +544,18 @@ def test_a_newer_version_at_its_place_is_not_touched(bench: Bench) -> None:
     assert b"another cat" == bench.read(ORIGINAL)
 
 
+def test_what_moved_on_is_looked_at_again(bench: Bench) -> None:
+    """Nobody may have told of it: who writes by another name of the file makes no event in its directory."""
+    claim = bench.batch_stored(CAT)
+    bench.write(ORIGINAL, b"another cat")
+    cleaner = bench.cleaner()
+    cleaner._touch = bench.touched.append
+
+    clear(bench, cleaner, claim)
+
+    assert [RECORD] == bench.touched
+
+
 @pytest.mark.parametrize("kind", ["link", "directory", "fifo"])
 def test_what_took_a_files_name_is_not_touched(bench: Bench, kind: str) -> None:
     claim = bench.batch_stored(CAT)
