@@ -59,10 +59,10 @@ class Sink(Server):
 
     def _command(self) -> list[str]:
         config = self._directory / "nginx.conf"
-        paths = " ".join(f"{kind}_temp_path {self._directory}/{kind};" for kind in ("client_body", *_NGINX_UNUSED))
+        paths = " ".join(f'{kind}_temp_path "{self._directory}/{kind}";' for kind in ("client_body", *_NGINX_UNUSED))
         nothing = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
         config.write_text(f"""
-daemon off; worker_processes 1; error_log stderr crit; pid {self._directory}/pid;
+daemon off; worker_processes 1; error_log stderr crit; pid "{self._directory}/pid";
 events {{ worker_connections 2048; }}
 http {{
     access_log off; {paths}
