@@ -48,6 +48,11 @@ def iso(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _packed(identity: Identity) -> bytes:
+    moments = identity.mtime_ns, identity.ctime_ns  # which may be any that a filesystem has, also beyond 64 bits
+    return b"%d %d %d %d %d" % (identity.dev, identity.ino, identity.size, *moments)
+
+
 class Ages:
     """How old a file may be said to be: the lesser of its ctime's age and the time since its identity was first seen.
 
@@ -55,17 +60,17 @@ class Ages:
     forgotten, beyond `capacity`, is merely young again.
     """
 
-    def __init__(self, clock: Clock, *, capacity: int = 200_000) -> None:
+    def __init__(self, clock: Clock, *, capacity: int = 100_000) -> None:
         self._clock = clock
         self._capacity = capacity
-        self._first_seen: OrderedDict[Identity, float] = OrderedDict()
+        self._first_seen: OrderedDict[bytes, float] = OrderedDict()  # by identity, packed: that is half the memory
         self._lock = threading.Lock()
 
     def age_s(self, identity: Identity) -> float:
         """Return the age in seconds, never negative; the first call for an identity returns 0."""
         moment = self._clock.monotonic()
         with self._lock:
-            first = self._first_seen.setdefault(identity, moment)
+            first = self._first_seen.setdefault(_packed(identity), moment)
             if len(self._first_seen) > self._capacity:
                 self._first_seen.popitem(last=False)
         return max(0.0, min(moment - first, self._clock.now() - identity.ctime_ns / 1e9))
