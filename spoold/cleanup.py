@@ -395,8 +395,8 @@ class Cleaner:
                 parents_age_s = self._age_of_directory(parent, os.fstat(directory), emptied)
                 os.rmdir(leaf, dir_fd=directory)
                 emptied[parent] = Identity.of(os.fstat(directory)), parents_age_s
-        except (Vanished, FileNotFoundError):
-            return None
+        except (Vanished, FileNotFoundError):  # a network filesystem may say so once
+            return None if self._spool.inode_of_directory(path) is None else max(0.05, self._rules.keep_empty_dirs_for_s)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.EACCES, errno.EPERM):
                 return None

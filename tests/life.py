@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import pickle
 import random
@@ -335,6 +336,8 @@ class Life:
             stack.enter_context(self.hand)
             while self._script or not self._ended_well:  # systemd starts what was killed, also on its way out
                 self._run_one()
+                if not self._ended_well:
+                    gc.collect()  # SQLite keeps a connection for as long as there is a statement of it; the kernel does not
 
     def _make_store(self, **settings: Any) -> Store:
         return Store(**settings, **self._store_settings)

@@ -421,7 +421,7 @@ def test_killed_at_every_effect_nothing_is_lost(world: World, part: str) -> None
 @pytest.mark.parametrize("share", range(2))
 @pytest.mark.parametrize("part", PARTS)
 def test_killed_at_every_pair_of_effects_nothing_is_lost(world: World, part: str, share: int) -> None:
-    """After each: whoever dies before an effect leaves the same as after the one before it."""
+    """Every other moment: whoever dies before an effect leaves the same as after the one before it."""
     kills = 0
 
     for first in range(1 + 2 * share, effects(world, part), 4):
