@@ -81,15 +81,16 @@ class Spool:
         """
         kept, mine = self._own.kept, []
         try:
-            for path in ("", *paths):
-                if path not in kept:
-                    with contextlib.suppress(*((SpooldError,) if path else ())):
-                        kept[path] = self._descend(path)
-                        mine.append(path)
-            if "" in mine:
-                self._own.device = None
+            if "" not in kept:
+                kept[""], self._own.device = self._open_root(), None
+                mine.append("")
                 with contextlib.suppress(OSError):
                     self._own.device = os.fstat(kept[""]).st_dev
+            for path in paths:
+                if path not in kept:
+                    with contextlib.suppress(SpooldError):
+                        kept[path] = self._descend(path)
+                        mine.append(path)
             yield
         finally:
             for path in reversed(mine):
@@ -168,19 +169,15 @@ class Spool:
 
         Raises Vanished if the name is gone and Changed if it is another file now or was written since.
         """
-        fd = self.open(file)
-        try:
-            yield fd
-        finally:
-            shut(fd)
-
-    def open(self, file: SpooledFile) -> int:
-        """Return the descriptor that `opened` yields, for the caller to shut."""
         try:
             named = self._open_below(file.path, _NAME)
         except OSError as error:
             raise _fault_of_opening(error, file.path) from error
-        return _reopened(named, file.path, file.identity)
+        fd = _reopened(named, file.path, file.identity)
+        try:
+            yield fd
+        finally:
+            shut(fd)
 
     def identity_of(self, path: str) -> Identity | None:
         """Return the identity of the regular file at `path` now; None if there is none."""

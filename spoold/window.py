@@ -36,6 +36,7 @@ class Window:
         self._clock = clock
         self._limit = self._at_most if is_pinned else min(_AT_FIRST, self._at_most)
         self._under_way = 0
+        self._is_beginning = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._quickest_s: float | None = None
         self._cut_at = self._told_at = float("-inf")
@@ -61,12 +62,19 @@ class Window:
             if not self._is_pinned:
                 self._learn(now - began_at, began_at, now, is_well)
             self._under_way -= 1
-            begin = []
-            while self._waiting and self._under_way < int(self._limit):
-                self._under_way += 1
-                begin.append(self._waiting.popleft())
-        for each in begin:
-            each()
+            if self._is_beginning:
+                return  # one that begins may end at once: whoever lets it in goes on with the next
+            self._is_beginning = True
+        while (begin := self._next()) is not None:
+            begin()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            if not self._waiting or self._under_way >= int(self._limit):
+                self._is_beginning = False
+                return None
+            self._under_way += 1
+            return self._waiting.popleft()
 
     def _learn(self, took_s: float, began_at: float, now: float, is_well: bool) -> None:
         if not is_well:

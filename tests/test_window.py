@@ -113,6 +113,23 @@ def test_where_answers_take_longer_the_more_are_under_way_it_stops_growing() -> 
     assert server.window.limit < 200
 
 
+def test_thousands_that_end_as_they_begin_do_not_pile_up() -> None:
+    """So do those that wait when the daemon's pool has ended."""
+    server = Server(at_most=1, is_pinned=True)
+    ended = []
+
+    def begin() -> None:
+        ended.append(server.clock.monotonic())
+        server.window.leave(ended[-1], is_well=False)
+
+    server.ask()
+    for _ in range(20_000):
+        server.window.enter(begin)
+    server.answer()
+
+    assert 20_000 == len(ended)
+
+
 def test_one_that_is_pinned_stays_whatever_happens() -> None:
     server = Server(at_most=7, is_pinned=True)
 

@@ -24,11 +24,10 @@ from spoold.ledger.schema import (
     intent,
     record,
 )
-from spoold.ledger.statements import Session, Statement
+from spoold.ledger.statements import Session, Statement, in_parts
 from spoold.ledger.watching import CHANGE_RECORD, Watching, identity_of
 from spoold.model import Answer, Batch, BatchFile, Claim, SpooledFile, State
 
-_AT_ONCE = 500  # values in a list
 _BYTES_AT_ONCE = 8 << 20  # of files that are walked side by side: the small do not wait for the large
 
 
@@ -42,16 +41,9 @@ class Claiming(Watching):
     # Claims
 
     def claim(
-        self,
-        owner: str,
-        spools: Iterable[str],
-        *,
-        lease_s: float,
-        crashes: int,
-        uploads_first: bool = True,
-        at_most: int = 1,
+        self, owner: str, spools: Iterable[str], *, lease_s: float, crashes: int, uploads_first: bool = True, at_most: int = 1,
         patience_s: float = 0.0,
-    ) -> list[Claim]:
+    ) -> list[Claim]:  # fmt: skip
         """Claim the records of the batches that are due next, of these spools and none that is held.
 
         at_most: how many, of one kind and of not too many bytes together; one under suspicion comes alone.
@@ -64,11 +56,9 @@ class Claiming(Watching):
         asked = {"owner": owner, "spools": list(spools), "crashes": crashes, "at_most": at_most}
         order = [_UPLOADS_DUE, _CLEARING_DUE] if uploads_first else [_CLEARING_DUE, _UPLOADS_DUE]
         with self.read() as session:  # idle workers ask often: they must not queue up to write
-            order = [
-                kind for kind in order
-                if _due_now(session, [kind], {**asked, "at_most": 1}, lease_s=lease_s,
-                            now=self._clock.now() - (patience_s if kind is _CLEARING_DUE else 0.0))
-            ]  # fmt: skip
+            now = {_UPLOADS_DUE: self._clock.now(), _CLEARING_DUE: self._clock.now() - patience_s}
+            while order and not _due_now(session, order[:1], {**asked, "at_most": 1}, now=now[order[0]], lease_s=lease_s):
+                order.pop(0)
         if not order:
             return []
         with self._unless_unsure() as taken, self.write() as change:
@@ -177,8 +167,8 @@ class Claiming(Watching):
         """End every claim of an owner that is known to be dead, so that nobody waits for them to run out."""
         with self.write() as change:
             keys = change.execute(select(claim.c.record_key).where(claim.c.owner == owner)).scalars().all()
-            for start in range(0, len(keys), _AT_ONCE):
-                self._take_over(change, keys[start : start + _AT_ONCE])
+            for some in in_parts(keys):
+                self._take_over(change, some)
             change.tell("claim.lost", detail=f"the daemon {owner} is dead; its claims are free")
 
     def claim_record(self, record_key: int, owner: str, *, lease_s: float) -> int | None:

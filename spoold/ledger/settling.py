@@ -10,9 +10,10 @@ from sqlalchemy import and_, exists, or_, select, update
 from spoold.errors import LedgerUnavailable
 from spoold.ledger.clearing import Clearing
 from spoold.ledger.schema import HAS_UPLOAD, batch, claim, intent, object_, record
+from spoold.ledger.statements import in_parts
 from spoold.model import Answer, Digests, State, StoredObject
 
-_AT_ONCE = 500
+_UPLOADS_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Settling(Clearing):
                 if self._has_all_to_settle:
                     rows = list(connection.execute(statement))
                 else:
-                    some = [object_.c.record_key.in_(ids) for ids in _in_parts(sorted(asked))]
+                    some = [object_.c.record_key.in_(ids) for ids in in_parts(sorted(asked))]
                     rows = [row for these in some for row in connection.execute(statement.where(these))]
         except LedgerUnavailable:
             self._given_up |= asked
@@ -142,7 +143,7 @@ class Settling(Clearing):
             .join(record, record.c.id == intent.c.record_key)
             .where(_IS_OPEN, record.c.spool.in_(list(spools)), ~at_work)
             .order_by(intent.c.id)
-            .limit(_AT_ONCE)
+            .limit(_UPLOADS_AT_ONCE)
         )  # fmt: skip
         with self.read() as connection:
             return [OpenUpload(*row) for row in connection.execute(statement)]
@@ -159,7 +160,3 @@ class Settling(Clearing):
 
 # What was confirmed keeps its id, and is complete.
 _IS_OPEN = and_(HAS_UPLOAD, intent.c.answer.is_distinct_from(Answer.CONFIRMED))
-
-
-def _in_parts(ids: list[int]) -> list[list[int]]:
-    return [ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE)]

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import sqlalchemy
 from sqlalchemy import BindParameter, Boolean, ClauseElement, Connection, Dialect
 from sqlalchemy.sql import visitors
 
+V = TypeVar("V")
 Parameters = dict[str, Any]
+
+_AT_ONCE = 500
 
 
 class Rows(list[Any]):
@@ -188,3 +191,9 @@ def _nth_of(name: str, number: int) -> Callable[[Parameters], Any]:
 
 def _constant(value: Any) -> Callable[[Parameters], Any]:
     return lambda _: value
+
+
+def in_parts(values: Sequence[V]) -> Iterator[Sequence[V]]:
+    """Yield them in lists that are short enough for one statement."""
+    for start in range(0, len(values), _AT_ONCE):
+        yield values[start : start + _AT_ONCE]

@@ -28,7 +28,7 @@ from spoold.ledger.schema import (
     replaced,
     sighting,
 )
-from spoold.ledger.statements import Session, Statement
+from spoold.ledger.statements import Session, Statement, in_parts
 from spoold.ledger.watching import CHANGE_RECORD
 from spoold.model import (
     ORIGINAL,
@@ -389,9 +389,6 @@ class Walking(Claiming):
             change.execute(delete(intent).where(is_over, intent.c.started_at < change.now - older_than_s))
 
 
-_KEYS_AT_ONCE = 500
-
-
 def _by_key(change: Transaction, statement: Statement, puts: Sequence[Put]) -> dict[tuple[str, str], list[Any]]:
     """Run a statement for the keys of these PUTs, and return its rows by bucket and key."""
     keys: dict[str, list[str]] = {}
@@ -399,8 +396,8 @@ def _by_key(change: Transaction, statement: Statement, puts: Sequence[Put]) -> d
         keys.setdefault(put.bucket, []).append(put.key)
     found: dict[tuple[str, str], list[Any]] = {}
     for bucket, wanted in keys.items():
-        for start in range(0, len(wanted), _KEYS_AT_ONCE):
-            asked = {"of_bucket": bucket, "of_keys": wanted[start : start + _KEYS_AT_ONCE]}
+        for some in in_parts(wanted):
+            asked = {"of_bucket": bucket, "of_keys": some}
             for row in change.execute(statement, asked):
                 found.setdefault((row.bucket, row.key), []).append(row)
     return found
@@ -409,9 +406,8 @@ def _by_key(change: Transaction, statement: Statement, puts: Sequence[Put]) -> d
 def _proven_at(change: Transaction, intents: Sequence[int]) -> dict[int, float | None]:
     """Return when each intent was proven, seconds since the epoch."""
     proven: dict[int, float | None] = {}
-    for start in range(0, len(intents), _KEYS_AT_ONCE):
-        asked = {"of_intents": intents[start : start + _KEYS_AT_ONCE]}
-        proven |= {row.id: row.proven_at for row in change.execute(_PROVEN_AT, asked)}
+    for some in in_parts(intents):
+        proven |= {row.id: row.proven_at for row in change.execute(_PROVEN_AT, {"of_intents": some})}
     return proven
 
 

@@ -11,10 +11,9 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, ins
 from spoold.clock import Clock
 from spoold.ledger.database import Database, Transaction
 from spoold.ledger.schema import MOST_BEHIND_S, about, batch, batch_file, elsewhere, object_, record, sighting
-from spoold.ledger.statements import Statement
+from spoold.ledger.statements import Statement, in_parts
 from spoold.model import ORIGINAL, Identity, Snapshot, SpooledFile, State, fingerprint
 
-_AT_ONCE = 500
 _LINES_KEPT = 10_000
 _A_FILE_S, _A_BYTE_S, _OLD_S = 0.1, 1e-6, 60.0
 
@@ -195,9 +194,9 @@ class Watching(Database):
         found: list[str] = []
         wanted = sorted(paths)
         with self.read() as connection:
-            for start in range(0, len(wanted), _AT_ONCE):
-                some = record.c.path.in_(wanted[start : start + _AT_ONCE])
-                found += connection.execute(select(record.c.path).where(record.c.spool == spool, some)).scalars()
+            for some in in_parts(wanted):
+                these = record.c.path.in_(some)
+                found += connection.execute(select(record.c.path).where(record.c.spool == spool, these)).scalars()
         return found
 
     # Which directory the root is
